@@ -1,0 +1,1 @@
+"""What a stored number is: specs, grids, packing. Pure functions on tensors."""

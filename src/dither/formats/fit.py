@@ -1,0 +1,80 @@
+"""Fitting a uniform grid to a weight matrix."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dither.errors import SpecError
+from dither.formats.grid import Grid, column_index, grid_shape, group_size, row_index
+from dither.formats.ranges import affine, search_range
+from dither.formats.spec import QuantSpec
+
+OUTLIER_PERCENTILE = 0.99  # ERQ v2 released code: 99th of the positive, 1st of the negative entries
+OUTLIER_COLUMNS_PER_ROW = 20  # ERQ v2 released code: one outlier column for every 20 output rows
+
+
+def fit_grid(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Grid:
+    """The grid of least error (as `spec.search` defines it) for a weight matrix.
+
+    Raises:
+        SpecError: the format cannot hold a weight (token granularity, logarithmic codes).
+        ShapeError: a group size does not divide.
+    """
+    if spec.kind != "int" or spec.granularity == "token":
+        raise SpecError(f"weights need a uniform format per tensor, channel or group, got {spec}; try int{spec.bits}")
+    if spec.dual:
+        return _fit_dual(weight, spec)
+    rows, columns = weight.shape
+    cells, shape = _cells(weight, spec), grid_shape(spec, rows, columns)
+    scale, zero_point = affine(*search_range(cells, spec), spec)
+    device = weight.device
+    return Grid(
+        spec, scale.reshape(shape), zero_point.reshape(shape), row_index(spec, rows, device),
+        column_index(spec, columns, device),
+    )  # fmt: skip
+
+
+def _cells(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Float[Tensor, "n m"]:
+    """The matrix as cells in the order of the grid's [R, C]."""
+    rows, columns = weight.shape
+    if spec.granularity == "tensor":
+        return weight.reshape(1, -1)
+    if spec.granularity == "channel":
+        return weight
+    if spec.group_along == "inputs":
+        return weight.reshape(-1, group_size(spec, columns))
+    size = group_size(spec, rows)
+    return weight.reshape(rows // size, size, columns).transpose(1, 2).reshape(-1, size)
+
+
+def _fit_dual(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Grid:
+    """Two grids a row: one for the outlier columns, one for the others (ERQ v2, dual uniform quantization)."""
+    outlier = outlier_columns(weight)
+    parts = [affine(*search_range(weight[:, chosen], spec), spec) for chosen in (~outlier, outlier)]
+    scale, zero_point = (torch.stack([part[k] for part in parts], dim=1) for k in (0, 1))
+    return Grid(spec, scale, zero_point, None, outlier.long())
+
+
+def outlier_columns(weight: Float[Tensor, "o i"]) -> Bool[Tensor, " i"]:
+    """The columns that are most often beyond a row's own 99th (1st) percentile of positive (negative) entries.
+
+    Their number is o // 20 but leaves at least one column on either side; ties go to the lower column.
+    """
+    rows, columns = weight.shape
+    high = _signed_quantile(weight, torch.gt, OUTLIER_PERCENTILE)
+    low = _signed_quantile(weight, torch.lt, 1 - OUTLIER_PERCENTILE)
+    counts = ((weight > high) | (weight < low)).sum(dim=0)
+    chosen = max(1, min(rows // OUTLIER_COLUMNS_PER_ROW, columns - 1))
+    order = torch.argsort(counts, descending=True, stable=True)
+    mask = torch.zeros(columns, dtype=torch.bool, device=weight.device)
+    mask[order[:chosen]] = columns > 1
+    return mask
+
+
+def _signed_quantile(
+    weight: Float[Tensor, "o i"], side: Callable[[Tensor, int], Tensor], p: float
+) -> Float[Tensor, "o 1"]:
+    """Per row, the p-quantile of the entries on one side of zero; NaN (never exceeded) where there are none."""
+    return torch.nanquantile(torch.where(side(weight, 0), weight, torch.nan), p, dim=1, keepdim=True)

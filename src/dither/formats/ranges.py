@@ -1,0 +1,103 @@
+"""Ranges: which interval a grid covers, and the scale and zero-point that follow from it.
+
+Every function works on cells [n, m]: n independent sets of m values that share one scale.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dither.formats.grid import decode, encode, highest_code, implied_zero_point
+from dither.formats.spec import QuantSpec
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126}
+_SHRINK_STEPS, _SHRINK_TO, _SHRINK_NORM = 80, 0.2, 2.4  # GPTQ released code: grid 100, maxshrink 0.8, norm 2.4
+
+Bounds = tuple[Float[Tensor, " n"], Float[Tensor, " n"]]
+
+
+def scale_dtype(spec: QuantSpec) -> torch.dtype:
+    """The dtype in which scales (and real zero-points) are stored."""
+    return _DTYPES[spec.scale_dtype]
+
+
+def affine(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec, stored: bool = True) -> Bounds:
+    """Scale and zero-point of ranges; a range of zero width becomes one that holds its value and zero.
+
+    `stored` rounds the scale to the spec's storage dtype first, so that the file holds what was used.
+    """
+    low, high = _open(low, high, spec)
+    if spec.symmetry == "asym":
+        scale = (high - low) / highest_code(spec)
+    elif spec.symmetry == "unsigned":
+        scale = high / highest_code(spec)
+    else:
+        steps = 2 ** (spec.bits - 1) - 1 if spec.narrow else highest_code(spec) / 2
+        scale = torch.maximum(low.abs(), high.abs()) / steps
+    if spec.power_of_two:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    if stored:
+        scale = scale.to(scale_dtype(spec)).to(low.dtype)
+    scale = scale.clamp_min(_SMALLEST[spec.scale_dtype])
+    if spec.symmetry != "asym":
+        return scale, torch.full_like(scale, implied_zero_point(spec))
+    return scale, _zero_point(low, scale, spec, stored)
+
+
+def _zero_point(
+    low: Float[Tensor, " n"], scale: Float[Tensor, " n"], spec: QuantSpec, stored: bool
+) -> Float[Tensor, " n"]:
+    zero_point = -low / scale
+    if spec.zero_point == "real":
+        return zero_point.to(scale_dtype(spec)).to(scale.dtype) if stored else zero_point
+    zero_point = torch.round(zero_point)
+    # with zero in range rounding of the scale must not push the zero-point out of the codes
+    return zero_point.clamp(0, highest_code(spec)) if spec.include_zero or spec.zero_point == "clamped" else zero_point
+
+
+def _open(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec) -> Bounds:
+    if spec.include_zero or spec.symmetry != "asym":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    if spec.symmetry == "unsigned":
+        low = torch.zeros_like(low)
+    flat = high - low <= 0
+    low = torch.where(flat, low.clamp(max=0), low)
+    high = torch.where(flat, high.clamp(min=0), high)
+    empty = high - low <= 0  # all zero, or only negative under an unsigned grid
+    if spec.symmetry == "unsigned":
+        return low, torch.where(empty, torch.ones_like(high), high)
+    return torch.where(empty, -torch.ones_like(low), low), torch.where(empty, torch.ones_like(high), high)
+
+
+def search_range(cells: Float[Tensor, "n m"], spec: QuantSpec) -> Bounds:
+    """Low and high of each cell: its extremes, or the candidate of least squared error (of norm 2.4 for `mse`)."""
+    low, high = cells.amin(dim=1), cells.amax(dim=1)
+    if spec.search == "minmax":
+        return low, high
+    if spec.search == "percentile":
+        ordered = cells.sort(dim=1).values
+        candidates = [(_quantile(ordered, 1 - p), _quantile(ordered, p)) for p in spec.percentiles]
+        return _least_error(cells, candidates, spec, norm=2.0)
+    shrinks = [1 - step * (1 - _SHRINK_TO) / _SHRINK_STEPS for step in range(_SHRINK_STEPS)]
+    return _least_error(cells, [(low * p, high * p) for p in shrinks], spec, norm=_SHRINK_NORM)
+
+
+def _least_error(cells: Float[Tensor, "n m"], candidates: list[Bounds], spec: QuantSpec, norm: float) -> Bounds:
+    best_low, best_high = (bound.clone() for bound in candidates[0])
+    best = torch.full_like(best_low, torch.inf)
+    for low, high in candidates:
+        scale, zero_point = (part[:, None] for part in affine(low, high, spec))
+        error = decode(encode(cells, scale, zero_point, spec), scale, zero_point).sub_(cells).abs_().pow_(norm).mean(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)
+    return best_low, best_high
+
+
+def _quantile(ordered: Float[Tensor, "n m"], p: float) -> Float[Tensor, " n"]:
+    """Linear interpolation between order statistics; torch.quantile refuses more than 16 M values."""
+    place = p * (ordered.shape[1] - 1)
+    below = min(int(place), ordered.shape[1] - 1)
+    above = min(below + 1, ordered.shape[1] - 1)
+    return torch.lerp(ordered[:, below], ordered[:, above], place - below)

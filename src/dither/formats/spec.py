@@ -1,0 +1,181 @@
+"""QuantSpec: what a tensor is stored as, with the short text form used by the command line, recipes and reports.
+
+Grammar: KIND[:TOKEN]…, for example `int4`, `int3:g128`, `int4:g128:asym`, `int8:token`, `log2-4`, `logsqrt2-4`, `twin4`.
+
+    KIND      int1 … int8 | log2-B | logsqrt2-B | twinB             B bits a code
+    TOKEN     tensor | channel | token | gN                         one scale for what
+              oc | ic                                               groups run along the inputs (oc) or the outputs (ic)
+              sym | asym | unsigned                                 where the range lies
+              zeroin | tight                                        range forced through 0, or the true extremes
+              intzero | clampzero | realzero                        zero-point: integer, integer within the codes, real
+              minmax | percentile | mse                             how the range is searched
+              full | narrow                                         symmetric codes use all levels, or leave out the lowest
+              single | dual                                         one grid a row, or two (outlier columns apart; ERQ v2)
+              anyscale | pow2                                       scales are free, or powers of two
+              static | dynamic                                      activation ranges are calibrated, or measured per call
+
+Tokens that a text leaves out come from `base`, a method's own choice; `str(spec)` names whatever differs from the plain default.
+The published min/max conventions are values of these fields: GPTQ `zeroin:intzero`, AWQ `tight:clampzero`, SpQR and HQQ `tight:realzero`.
+"""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
+
+from dither.errors import SpecError, nearest
+
+_KIND = re.compile(r"(int|log2-|logsqrt2-|twin)(\d+)")
+_GROUP = re.compile(r"g(\d+)")
+_WORDS: dict[str, dict[str, Any]] = {
+    "tensor": {"granularity": "tensor", "group_size": None},
+    "channel": {"granularity": "channel", "group_size": None},
+    "token": {"granularity": "token", "group_size": None, "dynamic": True},
+    "oc": {"group_along": "inputs"},
+    "ic": {"group_along": "outputs"},
+    "sym": {"symmetry": "sym"},
+    "asym": {"symmetry": "asym"},
+    "unsigned": {"symmetry": "unsigned"},
+    "zeroin": {"include_zero": True},
+    "tight": {"include_zero": False},
+    "intzero": {"zero_point": "integer"},
+    "clampzero": {"zero_point": "clamped"},
+    "realzero": {"zero_point": "real"},
+    "minmax": {"search": "minmax"},
+    "percentile": {"search": "percentile"},
+    "mse": {"search": "mse"},
+    "full": {"narrow": False},
+    "narrow": {"narrow": True},
+    "single": {"dual": False},
+    "dual": {"dual": True},
+    "anyscale": {"power_of_two": False},
+    "pow2": {"power_of_two": True},
+    "static": {"dynamic": False},
+    "dynamic": {"dynamic": True},
+}
+Kind = Literal["int", "log2", "logsqrt2", "twin"]
+ACTIVATION_PERCENTILES = (0.999, 0.9999, 0.99999)  # RepQ-ViT released code
+WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999, 1.0)  # ERQ released code
+
+
+class QuantSpec(BaseModel):
+    """How a tensor is stored; frozen, compared by value, written and read as text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind = "int"
+    bits: int = Field(default=8, ge=1, le=8)
+    granularity: Literal["tensor", "channel", "token", "group"] = "channel"
+    group_size: int | None = Field(default=None, ge=1)
+    group_along: Literal["inputs", "outputs"] = "inputs"
+    symmetry: Literal["sym", "asym", "unsigned"] = "sym"
+    include_zero: bool = True
+    zero_point: Literal["integer", "clamped", "real"] = "integer"
+    search: Literal["minmax", "percentile", "mse"] = "minmax"
+    percentiles: tuple[Annotated[float, Field(gt=0.5, le=1)], ...] = ACTIVATION_PERCENTILES
+    narrow: bool = False
+    dual: bool = False
+    power_of_two: bool = False
+    dynamic: bool = False
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise SpecError(f"{self}: a group size goes with group granularity, as in int4:g128")
+        if self.granularity == "token" and not self.dynamic:
+            raise SpecError(f"{self}: one scale a token is measured per call; write token or dynamic")
+        if self.dual and (self.granularity != "channel" or self.kind != "int"):
+            raise SpecError(f"{self}: dual grids are two grids a row; write intB:channel:dual")
+        if self.narrow and (self.bits == 1 or self.symmetry != "sym"):
+            raise SpecError(f"{self}: narrow leaves out the lowest code of a symmetric grid of 2 bits or more")
+        if self.kind == "twin" and self.bits == 1:
+            raise SpecError("twin1: twin grids spend one bit on the region and need 2 bits or more")
+        return self
+
+    @classmethod
+    def parse(cls, text: str, base: "QuantSpec | None" = None) -> "QuantSpec":
+        """Read a text; what it leaves out comes from `base` (else from the plain defaults).
+
+        Raises:
+            SpecError: the text does not follow the grammar; the message names the nearest token.
+        """
+        head, *tokens = text.strip().lower().split(":")
+        matched = _KIND.fullmatch(head)
+        if matched is None:
+            near = nearest(head, [f"int{bits}" for bits in range(1, 9)] + ["log2-4", "logsqrt2-4", "twin4"])
+            raise SpecError(f"format {text!r}: expected intB, log2-B, logsqrt2-B or twinB, got {head!r}{near}")
+        if not 1 <= int(matched[2]) <= 8:
+            raise SpecError(f"format {text!r}: bits must be 1 to 8, got {matched[2]}; try {matched[1]}4")
+        fields: dict[str, Any] = base.fields() if base is not None else {}
+        fields |= {"kind": matched[1].rstrip("-"), "bits": int(matched[2])}
+        for token in tokens:
+            fields |= _token(token, text)
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise SpecError(f"format {text!r}: {_first(error)}") from None
+
+    def fields(self) -> dict[str, Any]:
+        """All fields as plain data."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    def __str__(self) -> str:
+        plain, words = QuantSpec.model_construct(), [self._head(), self._granularity()]
+        for name, word in (("group_along", "ic"), ("symmetry", self.symmetry), ("include_zero", "tight")):
+            words += [word] if getattr(self, name) != getattr(plain, name) else []
+        words += {"integer": [], "clamped": ["clampzero"], "real": ["realzero"]}[self.zero_point]
+        words += [self.search] if self.search != "minmax" else []
+        flags = {"narrow": self.narrow, "dual": self.dual, "pow2": self.power_of_two}
+        words += [word for word, on in flags.items() if on]
+        words += ["dynamic"] if self.dynamic and self.granularity != "token" else []
+        return ":".join(words)
+
+    def _head(self) -> str:
+        return f"{self.kind}{self.bits}" if self.kind in ("int", "twin") else f"{self.kind}-{self.bits}"
+
+    def _granularity(self) -> str:
+        return f"g{self.group_size}" if self.granularity == "group" else self.granularity
+
+    @model_serializer
+    def _serialize(self) -> dict[str, Any]:
+        """Every field that is not plain: unlike a text it means the same under any method's base."""
+        plain, always = QuantSpec.model_construct(), ("kind", "bits", "granularity")
+        kept = {k: v for k, v in self.fields().items() if k in always or v != getattr(plain, k)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return 2**self.bits
+
+    @property
+    def stores_zero_point(self) -> bool:
+        """Whether zero-points take space; symmetric and unsigned grids imply theirs."""
+        return self.kind == "int" and self.symmetry == "asym"
+
+
+def _first(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    where = ".".join(str(part) for part in detail["loc"])
+    return f"{where} {detail['msg']}".strip().removeprefix("Value error, ")
+
+
+def _token(token: str, text: str) -> dict[str, Any]:
+    group = _GROUP.fullmatch(token)
+    if group is not None:
+        return {"granularity": "group", "group_size": int(group[1])}
+    if token not in _WORDS:
+        near = nearest(token, [*_WORDS, "g64", "g128"])
+        raise SpecError(f"format {text!r}: unknown token {token!r}{near}")
+    return _WORDS[token]
+
+
+def spec_field(base: str | QuantSpec) -> Any:
+    """Annotation of a method's field that accepts a text, completed from `base`, or a whole QuantSpec."""
+    resolved = QuantSpec.parse(base) if isinstance(base, str) else base
+
+    def read(value: Any) -> Any:
+        return QuantSpec.parse(value, base=resolved) if isinstance(value, str) else value
+
+    return BeforeValidator(read)
