@@ -1,0 +1,1 @@
+"""The modules that a quantized network is made of."""

@@ -1,0 +1,134 @@
+"""Layers that hold their weight as packed codes."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dither.formats.qtensor import QTensor, layout
+from dither.formats.spec import QuantSpec
+from dither.nn.activation import ActivationQuantizer
+
+
+class PackedWeight(nn.Module):
+    """A weight [o, i] as buffers of packed codes, scales and zero-points.
+
+    With `cached` set, the dequantized weight is kept after its first use: faster, at the price of a dense copy in memory.
+    """
+
+    def __init__(self, spec: QuantSpec, shape: tuple[int, int]) -> None:
+        """An empty weight, to be filled by `of` or by a loaded state."""
+        super().__init__()
+        self.spec, self.shape, self.cached = spec, shape, False
+        self._dense: Tensor | None = None
+        for name, (size, dtype) in layout(spec, shape).items():
+            self.register_buffer(name, torch.zeros(size, dtype=dtype))
+
+    @classmethod
+    def of(cls, qtensor: QTensor) -> "PackedWeight":
+        """The packed form of a QTensor."""
+        module = cls(qtensor.spec, qtensor.shape)
+        for name, part in qtensor.pack().items():
+            module.register_buffer(name, part)
+        return module
+
+    def qtensor(self) -> QTensor:
+        """Codes and grid, unpacked."""
+        return QTensor.unpack(dict(self.named_buffers()), self.spec, self.shape)
+
+    def forward(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
+        """The dequantized weight."""
+        if self._dense is not None and self._dense.dtype == dtype:
+            return self._dense
+        dense = self.qtensor().dequantize(dtype)
+        self._dense = dense if self.cached else None
+        return dense
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # moves between devices; scales keep their stored dtype, which .half() or .float() would change
+        self._dense = None
+        kept = {name: buffer.dtype for name, buffer in self.named_buffers()}
+        super()._apply(fn, recurse)
+        for name, buffer in list(self.named_buffers()):
+            self.register_buffer(name, buffer.to(kept[name]))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, shape={tuple(self.shape)}"
+
+
+class _Packed(nn.Module):
+    """What linear and convolution layers share: packed weight, bias, input quantizer."""
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, input_quantizer: ActivationQuantizer | None) -> None:
+        super().__init__()
+        self.weight, self.input_quantizer = weight, input_quantizer
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """x as the layer sees it."""
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+
+class QuantizedLinear(_Packed):
+    """y = Q(x) Ŵᵀ + b with Ŵ dequantized from packed codes."""
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        """As torch.nn.Linear."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(self.quantize_input(x), self.weight(x.dtype), bias)
+
+
+class QuantizedConv2d(_Packed):
+    """A convolution whose kernel [o, c / groups * h * w] is dequantized from packed codes."""
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        bias: Tensor | None,
+        input_quantizer: ActivationQuantizer | None,
+        geometry: "ConvGeometry",
+    ) -> None:
+        super().__init__(weight, bias, input_quantizer)
+        self.geometry = geometry
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o y x"]:
+        """As torch.nn.Conv2d."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        x = self.quantize_input(x)
+        kernel = self.weight(x.dtype).reshape(self.weight.shape[0], -1, *self.geometry.kernel)
+        x, padding = self.geometry.pad(x)
+        return functional.conv2d(
+            x, kernel, bias, self.geometry.stride, padding, self.geometry.dilation, self.geometry.groups
+        )
+
+
+class ConvGeometry:
+    """Kernel size, stride, padding, dilation and groups of a convolution."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self.kernel, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.groups, self.mode = conv.groups, conv.padding_mode
+        # torch keeps (left, right, top, bottom) of 'same' and of non-zero padding in this private field
+        self.edges: list[int] = list(conv._reversed_padding_repeated_twice)
+
+    def pad(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c y x"], tuple[int, int]]:
+        """x padded where conv2d cannot do it itself, and the padding that is left to conv2d."""
+        left, right, top, bottom = self.edges
+        if self.mode == "zeros" and left == right and top == bottom:
+            return x, (top, left)
+        return functional.pad(x, self.edges, mode="constant" if self.mode == "zeros" else self.mode), (0, 0)
+
+    def rows(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l i"]:
+        """The patches [b, positions, c * h * w] that an ungrouped convolution multiplies with its kernel rows."""
+        x, padding = self.pad(x)
+        patches = functional.unfold(x, self.kernel, self.dilation, padding, self.stride)
+        return patches.transpose(1, 2)
+
+
+def cache_weights(model: nn.Module, cached: bool = True) -> nn.Module:
+    """Let every packed weight below keep its dense copy after first use (or drop it); returns the model."""
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.cached, module._dense = cached, None
+    return model

@@ -1,0 +1,62 @@
+"""Cholesky factors of Gram matrices, with a damping ladder whose every try is recorded."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dither.errors import NonFiniteError, NumericalError
+
+LADDER = (1.0, 10.0, 100.0)  # multiples of the asked-for damping
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Lower Cholesky factor of `matrix + damping * mean(diag) * I` and how it was reached."""
+
+    lower: Float[Tensor, "k k"]
+    damping: float
+    tries: int
+
+    def solve(self, right: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+        """The solution X of the damped system times X = right."""
+        return torch.cholesky_solve(right, self.lower)
+
+
+def factorize(matrix: Float[Tensor, "k k"], damping: float) -> Factor:
+    """Factor `matrix` with `damping` in units of its mean diagonal; a failure climbs the ladder, ten times a step.
+
+    Raises:
+        NonFiniteError: the matrix holds NaN or Inf.
+        NumericalError: no step of the ladder gives a positive definite matrix.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteError(f"Gram matrix of {matrix.shape[0]} columns holds NaN or Inf")
+    unit = matrix.diagonal().mean()
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    for tries, step in enumerate(LADDER, start=1):
+        lower, failed = torch.linalg.cholesky_ex(damped(matrix, float(damping * step * unit)))
+        if not int(failed):
+            return Factor(lower, damping * step, tries)
+    raise NumericalError(
+        f"Cholesky of a Gram matrix of {matrix.shape[0]} columns failed up to damping {damping * LADDER[-1]:g} "
+        "of its mean diagonal; use more calibration data or a larger damping"
+    )
+
+
+def damped(matrix: Float[Tensor, "k k"], amount: float) -> Float[Tensor, "k k"]:
+    """matrix + amount * I as a new tensor."""
+    result = matrix.clone()
+    result.diagonal().add_(amount)
+    return result
+
+
+def inverse_upper(factor_of_reversed: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
+    """Upper U with UᵀU = M⁻¹, from the lower factor of M with rows and columns reversed.
+
+    Reversing turns the lower factor into an upper R with M = R Rᵀ, so U = R⁻¹: one triangular solve, no inverse of M.
+    """
+    upper = factor_of_reversed.flip(0, 1)
+    eye = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, eye, upper=True)
