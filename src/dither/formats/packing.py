@@ -40,7 +40,9 @@ def unpack(packed: UInt8[Tensor, "r bytes"], bits: int, count: int) -> UInt8[Ten
     """
     rows, width = packed.shape
     if width != packed_width(count, bits):
-        raise ShapeError(f"unpacking {count} codes of {bits} bits: expected {packed_width(count, bits)} bytes, got {width}")
+        raise ShapeError(
+            f"unpacking {count} codes of {bits} bits: expected {packed_width(count, bits)} bytes, got {width}"
+        )
     stream = (packed[:, :, None] >> _places(8, packed.device)) & 1
     used = stream.reshape(rows, width * 8)[:, : count * bits].reshape(rows, count, bits)
     return (used << _places(bits, packed.device)).sum(dim=-1, dtype=torch.uint8)

@@ -19,6 +19,7 @@ The published min/max conventions are values of these fields: GPTQ `zeroin:intze
 """
 
 import re
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
@@ -171,11 +172,15 @@ def _token(token: str, text: str) -> dict[str, Any]:
     return _WORDS[token]
 
 
-def spec_field(base: str | QuantSpec) -> Any:
-    """Annotation of a method's field that accepts a text, completed from `base`, or a whole QuantSpec."""
-    resolved = QuantSpec.parse(base) if isinstance(base, str) else base
+def read_spec(value: Any, base: str) -> Any:
+    """A text completed from `base`, or plain fields, as a QuantSpec; `none` and `fp` as None; anything else as it is."""
+    if value in ("none", "fp"):
+        return None
+    if isinstance(value, str):
+        return QuantSpec.parse(value, base=QuantSpec.parse(base))
+    return QuantSpec(**value) if isinstance(value, dict) else value
 
-    def read(value: Any) -> Any:
-        return QuantSpec.parse(value, base=resolved) if isinstance(value, str) else value
 
-    return BeforeValidator(read)
+def spec_field(base: str) -> BeforeValidator:
+    """Annotation of a method's field that is read by `read_spec`."""
+    return BeforeValidator(partial(read_spec, base=base))

@@ -6,7 +6,8 @@ torch function mode that hands each operand to a handler. This needs no knowledg
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -31,7 +32,7 @@ class OperandMode(TorchFunctionMode):
     def __init__(self, handler: Handler) -> None:
         super().__init__()
         self.handler = handler
-        self._softmaxed: list[Tensor] = []
+        self._after_softmax = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercept the calls that attention is made of; everything else passes."""
@@ -39,16 +40,12 @@ class OperandMode(TorchFunctionMode):
         if func is _SDPA:
             return attend(self.handler, *args, **kwargs)
         if func in _SOFTMAX:
-            result = func(*args, **kwargs)
-            self._softmaxed.append(result)  # kept alive, so that its address names it
-            return result
-        if func in _MATMUL and _is_product_of_activations(args):
-            left, right = ("probabilities", "value") if self._is_softmax(args[0]) else ("query", "key")
+            self._after_softmax = True
+        elif func in _MATMUL and _is_product_of_activations(args):
+            left, right = ("probabilities", "value") if self._after_softmax else ("query", "key")
             args = (self.handler(left, args[0]), self.handler(right, args[1]), *args[2:])
+            self._after_softmax = False
         return func(*args, **kwargs)
-
-    def _is_softmax(self, x: Tensor) -> bool:
-        return any(x.data_ptr() == seen.data_ptr() and x.shape == seen.shape for seen in self._softmaxed)
 
 
 def _is_product_of_activations(args: tuple[Any, ...]) -> bool:
@@ -82,6 +79,26 @@ def attend(
     return handler("probabilities", probabilities) @ value
 
 
+@contextmanager
+def operands_seen(owner: nn.Module, handler: Handler) -> Iterator[None]:
+    """While open, `handler` sees (and may replace) the operands of the attention that `owner` computes."""
+    modes: list[OperandMode] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        modes.append(OperandMode(handler))
+        modes[-1].__enter__()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        modes.pop().__exit__(None, None, None)
+
+    handles = [owner.register_forward_pre_hook(enter), owner.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class AttentionOperands(nn.Module):
     """The operand quantizers of one attention module, as its child `attention_operands`."""
 
@@ -103,8 +120,9 @@ class AttentionOperands(nn.Module):
         mode.__enter__()
 
     def leave(self) -> None:
-        """Stop."""
-        self._active.pop().__exit__(None, None, None)
+        """Stop; a call that was under way when the quantizers were attached never started."""
+        if self._active:
+            self._active.pop().__exit__(None, None, None)
 
 
 def quantize_attention(owner: nn.Module, operands: AttentionOperands) -> None:

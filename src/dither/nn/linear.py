@@ -60,10 +60,18 @@ class PackedWeight(nn.Module):
 class _Packed(nn.Module):
     """What linear and convolution layers share: packed weight, bias, input quantizer."""
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None, input_quantizer: ActivationQuantizer | None) -> None:
+    def __init__(
+        self, packed: PackedWeight, bias: Tensor | None, input_quantizer: ActivationQuantizer | None, dtype: torch.dtype
+    ) -> None:
+        """`dtype` is that of the layer replaced, in which `weight` shows itself to code that asks for it."""
         super().__init__()
-        self.weight, self.input_quantizer = weight, input_quantizer
+        self.packed, self.input_quantizer, self.dtype = packed, input_quantizer, dtype
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight matrix; models look at its dtype and device."""
+        return self.packed(self.dtype)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """x as the layer sees it."""
@@ -76,7 +84,7 @@ class QuantizedLinear(_Packed):
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """As torch.nn.Linear."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(self.quantize_input(x), self.weight(x.dtype), bias)
+        return functional.linear(self.quantize_input(x), self.packed(x.dtype), bias)
 
 
 class QuantizedConv2d(_Packed):
@@ -84,19 +92,20 @@ class QuantizedConv2d(_Packed):
 
     def __init__(
         self,
-        weight: PackedWeight,
+        packed: PackedWeight,
         bias: Tensor | None,
         input_quantizer: ActivationQuantizer | None,
+        dtype: torch.dtype,
         geometry: "ConvGeometry",
     ) -> None:
-        super().__init__(weight, bias, input_quantizer)
+        super().__init__(packed, bias, input_quantizer, dtype)
         self.geometry = geometry
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o y x"]:
         """As torch.nn.Conv2d."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         x = self.quantize_input(x)
-        kernel = self.weight(x.dtype).reshape(self.weight.shape[0], -1, *self.geometry.kernel)
+        kernel = self.packed(x.dtype).reshape(self.packed.shape[0], -1, *self.geometry.kernel)
         x, padding = self.geometry.pad(x)
         return functional.conv2d(
             x, kernel, bias, self.geometry.stride, padding, self.geometry.dilation, self.geometry.groups

@@ -1,0 +1,246 @@
+"""Steps on a block that methods share: quantize attention, reparameterize norms, fit input ranges, measure, solve, store."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dither.engine.local import Engine
+from dither.formats.activation import covered_range, fake_quantize, fit_activation
+from dither.formats.qtensor import QTensor
+from dither.formats.spec import QuantSpec
+from dither.models.layers import has_gram, set_weight_matrix, weight_matrix
+from dither.models.links import Link
+from dither.nn.activation import ActivationQuantizer
+from dither.nn.attention import AttentionOperands
+from dither.statistics.gram import Gram
+from dither.statistics.sample import RowSample
+from dither.transforms.reparameterize import fold_into_linear, fold_into_norm, reparameterization
+from dither.walk import Block, Inputs, LayerRecord
+
+UNCHANGED = 1e-3  # relative; float32 folding leaves about 1e-6
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """A layer to solve: its weight [o, i], bias and the Gram of its inputs (with ones appended if there is a bias)."""
+
+    name: str
+    weight: Float[Tensor, "o i"]
+    bias: Float[Tensor, " o"] | None
+    gram: Gram | None
+    reparameterized: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Number of weight columns, without the bias."""
+        return self.weight.shape[1]
+
+    def with_bias(self) -> Float[Tensor, "o k"]:
+        """Weight with the bias as its last column, in the Gram's dtype."""
+        parts = [self.weight] if self.bias is None else [self.weight, self.bias[:, None]]
+        dtype = torch.float64 if self.gram is None else self.gram.quantized.dtype
+        return torch.cat(parts, dim=1).to(dtype)
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """Codes and bias of a solved layer, and what the solver noted."""
+
+    weight: QTensor
+    bias: Float[Tensor, " o"] | None
+    notes: dict[str, Any] = field(default_factory=dict)
+    time_s: float = 0.0
+
+
+def quantize_operands(block: Block, specs: Mapping[str, QuantSpec | None], inputs: Inputs) -> None:
+    """Fit and attach quantizers to the operands of every attention in the block."""
+    for owner in block.unit.attention:
+        samples = block.observe_attention(owner, RowSample.of, inputs)
+        quantizers = {}
+        for operand, sample in samples.items():
+            spec = specs.get(operand)
+            if spec is None:
+                continue
+            quantizer = _fit(sample.rows, spec)
+            quantizers[operand] = quantizer
+            error = _relative_error(sample.rows, quantizer)
+            row = {"name": owner, "operand": operand, "activations": str(spec), "error": error}
+            block.operand_records.append(row)
+        if quantizers:
+            block.store_attention(owner, AttentionOperands(quantizers))
+
+
+def reparameterize(
+    block: Block, spec: QuantSpec, inputs: Inputs, round_zero_point: bool
+) -> dict[str, ActivationQuantizer]:
+    """Fold per-channel ranges behind norms into the weights; returns the per-tensor quantizer of each layer reached.
+
+    A fold that changes the block's output is undone and its reason kept in the block's remarks.
+    """
+    links, quantizers = block.links(), {}
+    block.remarks |= {name: f"not reparameterized: {reason}" for name, reason in links.refused.items()}
+    per_channel = spec.model_copy(update={"granularity": "channel"})
+    for link in links.found:
+        first = link.layers[0]
+        sample = block.observe({first: _sample}, inputs)[first]
+        scale, zero_point = fit_activation(sample.rows, per_channel)
+        change = reparameterization(scale, zero_point, spec.symmetry != "asym", round_zero_point)
+        if not _fold(block, link, change):
+            block.remarks[link.norm] = "not reparameterized: the fold changed the block's output"
+            continue
+        block.remarks[link.norm] = f"reparameterized with {len(link.layers)} layers"
+        for name in link.layers:
+            quantizers[name] = ActivationQuantizer(spec).set((change.scale, change.zero_point))
+    return quantizers
+
+
+def _fold(block: Block, link: Link, change: Any) -> bool:
+    before = _some_output(block)
+    undo: list[Callable[[], None]] = []
+    for network in (block.reference, block.module):
+        norm = network.get_submodule(block.local(link.norm))
+        undo.append(_restore(norm))
+        weight, bias = fold_into_norm(norm.get_parameter("weight").detach(), _bias(norm), change)
+        with torch.no_grad():
+            norm.get_parameter("weight").copy_(weight)
+        if bias is not None:
+            norm.bias = nn.Parameter(bias, requires_grad=False)
+        for name in link.layers:
+            layer = network.get_submodule(block.local(name))
+            undo.append(_restore(layer))
+            folded, new_bias = fold_into_linear(weight_matrix(layer, name), _bias(layer), change)  # type: ignore[arg-type]
+            set_weight_matrix(layer, folded, new_bias)  # type: ignore[arg-type]
+    after = _some_output(block)
+    if float((after - before).abs().amax()) <= UNCHANGED * float(before.abs().amax()):
+        return True
+    for step in undo:
+        step()
+    return False
+
+
+def _restore(module: nn.Module) -> Callable[[], None]:
+    weight, bias = module.get_parameter("weight").detach().clone(), getattr(module, "bias", None)
+    kept = None if bias is None else bias.detach().clone()
+
+    def restore() -> None:
+        module.get_parameter("weight").data.copy_(weight)
+        module.bias = None if kept is None else nn.Parameter(kept, requires_grad=False)
+
+    return restore
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return None if bias is None else bias.detach().float()
+
+
+def _some_output(block: Block) -> Tensor:
+    output = block.once()
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output.float()
+
+
+def measure(
+    block: Block,
+    specs: Mapping[str, QuantSpec | None],
+    inputs: Inputs,
+    fitted: Mapping[str, ActivationQuantizer],
+    grams: bool = True,
+) -> tuple[list[LayerTask], dict[str, ActivationQuantizer]]:
+    """Fit the input quantizers that are still missing, then accumulate a Gram of each layer's quantized inputs.
+
+    `specs` gives the input format of each layer to measure, None where the input stays in full precision. Returns what to solve and every layer's quantizer; layers whose outputs read different inputs have no Gram.
+    """
+    names, quantizers = list(specs), {name: fitted[name] for name in specs if name in fitted}
+    seen = "quantized" if inputs == "both" else inputs
+    samples = block.observe(dict.fromkeys(names, _sample), seen) if names else {}
+    for name, spec in specs.items():
+        if spec is not None and name not in quantizers:
+            quantizers[name] = _fit(samples[name].rows, spec)
+    for name in names:
+        low, high = samples[name].extremes.low.amin(), samples[name].extremes.high.amax()
+        block.ranges[name] = (float(low), float(high))
+    with_gram = [name for name in names if grams and has_gram(block.layer(name))]
+    observers = {
+        name: partial(_gram, quantizer=quantizers.get(name), ones=block.layer(name).bias is not None)
+        for name in with_gram
+    }
+    found = block.observe(observers, inputs) if observers else {}
+    tasks = [
+        LayerTask(name, block.weight(name), _bias(block.layer(name)), found.get(name), name in fitted) for name in names
+    ]
+    return tasks, quantizers
+
+
+def solve_and_store(
+    block: Block,
+    tasks: list[LayerTask],
+    quantizers: Mapping[str, ActivationQuantizer],
+    solve: Callable[[LayerTask], LayerSolution],
+    engine: Engine,
+) -> None:
+    """Solve the layers, wherever the engine runs them, and put them into the network with their records."""
+    for task, solution in zip(tasks, engine.map(partial(_timed, solve), tasks), strict=True):
+        quantizer = quantizers.get(task.name)
+        record = _record(block, task, solution, quantizer)
+        block.store(task.name, solution.weight, solution.bias, quantizer, record)
+
+
+def _timed(solve: Callable[[LayerTask], LayerSolution], task: LayerTask) -> LayerSolution:
+    start = perf_counter()
+    found = solve(task)
+    return LayerSolution(found.weight, found.bias, found.notes, perf_counter() - start)
+
+
+def _record(
+    block: Block, task: LayerTask, solution: LayerSolution, quantizer: ActivationQuantizer | None
+) -> LayerRecord:
+    stored, layer = solution.weight.dequantize(torch.float64), block.layer(task.name)
+    error = None
+    if task.gram is not None:
+        columns = stored if solution.bias is None else torch.cat([stored, solution.bias[:, None].to(stored)], dim=1)
+        error = task.gram.output_error(task.with_bias(), columns)
+    power = task.weight.double().square().sum().clamp_min(1e-30)
+    return LayerRecord(
+        name=task.name,
+        kind=type(layer).__name__,
+        shape=solution.weight.shape,
+        weights=str(solution.weight.spec),
+        activations=None if quantizer is None else str(quantizer.spec),
+        bits_per_weight=solution.weight.bits_per_weight,
+        nbytes=solution.weight.nbytes,
+        output_error=error,
+        weight_error=float((stored - task.weight).square().sum() / power),
+        time_s=solution.time_s,
+        input_range=block.ranges.get(task.name),
+        clip_range=None if quantizer is None else covered_range(quantizer.scales, quantizer.spec),
+        notes=solution.notes,
+    )
+
+
+def _sample(seen: Tensor, original: Tensor) -> RowSample:
+    return RowSample.of(seen)
+
+
+def _gram(seen: Tensor, original: Tensor, quantizer: ActivationQuantizer | None, ones: bool) -> Gram:
+    if quantizer is None:
+        return Gram.of(seen, None if original is seen else original, ones)
+    wide = seen.float()
+    return Gram.of(fake_quantize(wide, quantizer.scales, quantizer.spec), original, ones)
+
+
+def _fit(rows: Float[Tensor, "n d"], spec: QuantSpec) -> ActivationQuantizer:
+    quantizer = ActivationQuantizer(spec).to(rows.device)
+    return quantizer if spec.dynamic else quantizer.set(fit_activation(rows, spec))
+
+
+def _relative_error(rows: Float[Tensor, "n d"], quantizer: ActivationQuantizer) -> float:
+    difference = quantizer(rows) - rows
+    return float(difference.square().sum() / rows.square().sum().clamp_min(1e-30))

@@ -1,0 +1,1 @@
+"""Where work runs. Nothing else in dither knows."""

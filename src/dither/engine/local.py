@@ -1,0 +1,58 @@
+"""Engines of one machine: this process, or a pool of processes."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+
+import torch
+from torch import multiprocessing
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Engine(Protocol):
+    """Runs independent tasks and gives their results in order."""
+
+    def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+        """function(task) for each task, in order; the first error is raised."""
+        ...
+
+
+class InProcess:
+    """Runs tasks one after the other, here."""
+
+    def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+        """function(task) for each task, in order."""
+        return map(function, tasks)
+
+
+class ProcessPool:
+    """Runs tasks in `workers` fresh processes of one thread each; functions and tasks must be picklable."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_single_thread)
+
+    def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+        """function(task) for each task, in order; all run at once as far as there are workers."""
+        return self._pool.map(function, tasks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _single_thread() -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+
+
+def engine(workers: int) -> InProcess | ProcessPool:
+    """The engine for a number of workers; 1 means this process."""
+    return InProcess() if workers <= 1 else ProcessPool(workers)

@@ -1,0 +1,66 @@
+"""What every method is: a frozen, validated configuration with one `run`."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dither.engine.local import Engine
+from dither.formats.spec import QuantSpec, read_spec, spec_field
+from dither.walk import Block, Inputs
+
+WEIGHTS = "int4:channel:asym:percentile"
+ACTIVATIONS = "int4:tensor:asym:percentile"
+WeightSpec = Annotated[QuantSpec, spec_field(WEIGHTS)]
+ActivationSpec = Annotated[QuantSpec | None, spec_field(ACTIVATIONS)]
+ProbabilitySpec = Annotated[QuantSpec | None, spec_field("logsqrt2-4:tensor:unsigned:percentile")]
+
+
+class Method(BaseModel):
+    """A published system as data: its fields are the paper's hyper-parameters, `run` is its loop.
+
+    `attention` (query, key, value) and `probabilities` follow the bits of `activations` where they are not given.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    name: ClassVar[str]
+
+    weights: WeightSpec = Field(default=WEIGHTS, validate_default=True)  # type: ignore[assignment]
+    activations: ActivationSpec = Field(default=None, description="inputs of layers; none keeps them")
+    attention: ActivationSpec = Field(default=None, description="query, key and value")
+    probabilities: ProbabilitySpec = Field(default=None, description="softmax output")
+    entry_activations: ActivationSpec = Field(default=None, description="input of the first layer, the picture itself")
+    inputs: Inputs = Field(default="fp", description="whose inputs are calibrated on: fp, quantized prefix or both")
+    skip: tuple[str, ...] = Field(default=(), description="layers to keep: names or patterns with *")
+    overrides: dict[str, WeightSpec] = Field(default={}, description="other weight formats by name or pattern")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_activations(cls, data: Any) -> Any:
+        spec = read_spec(data.get("activations"), ACTIVATIONS) if isinstance(data, dict) else None
+        if not isinstance(spec, QuantSpec):
+            return data
+        granularity = "tensor" if spec.granularity == "channel" else spec.granularity
+        follow = {
+            "attention": spec.model_copy(update={"granularity": granularity}),
+            "probabilities": f"logsqrt2-{spec.bits}",
+        }
+        return follow | data
+
+    def run(self, blocks: Iterable[Block], engine: Engine) -> None:
+        """Quantize every block that the walk gives, in place."""
+        raise TypeError(f"{type(self).__name__} does not define run")
+
+    def weight_spec(self, layer: str) -> QuantSpec:
+        """The weight format of a layer: that of the first matching override, else `weights`."""
+        return next((spec for pattern, spec in self.overrides.items() if fnmatchcase(layer, pattern)), self.weights)
+
+    def input_specs(self, block: Block) -> dict[str, QuantSpec | None]:
+        """The format of each layer's input; the layer that reads the network's own input has its own."""
+        return {n: self.entry_activations if n == block.entry else self.activations for n in block.unit.layers}
+
+    def operand_specs(self) -> dict[str, QuantSpec | None]:
+        """Format of each attention operand."""
+        shared = dict.fromkeys(("query", "key", "value"), self.attention)
+        return shared | {"probabilities": self.probabilities}

@@ -1,0 +1,89 @@
+"""ERQ: absorb the activation error by ridge regression, then round weights so that what is left absorbs their error.
+
+Source: Zhong et al., ERQ: Error Reduction for Post-Training Quantization of Vision Transformers, ICML 2024, and its
+extension arXiv 2407.06794 (the released code), which adds reparameterization and dual uniform quantization.
+`version: 1` and `version: 2` of the paper are presets of the fields: see `ERQ.v1` and `ERQ.v2`.
+Departs from the released code: one streamed Gram a layer instead of stored activations; Cholesky solves; refinement
+takes the best move of each row; the mean zero-point is rounded; ranges come from full-precision inputs.
+Ours: `rounding="columns"` replaces the halves by GPTQ's column-by-column compensation over the Gram of [x̂, 1], so that
+the bias compensates too, followed by refinement over the whole matrix.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from dither.calibrate import LayerSolution, LayerTask, measure, quantize_operands, reparameterize, solve_and_store
+from dither.engine.local import Engine
+from dither.formats.fit import fit_grid
+from dither.formats.grid import Grid
+from dither.formats.qtensor import quantize
+from dither.formats.spec import WEIGHT_PERCENTILES, QuantSpec
+from dither.methods.base import WEIGHTS, Method, WeightSpec
+from dither.solvers.columns import round_by_columns
+from dither.solvers.halves import refine_all, round_by_halves
+from dither.solvers.ridge import absorb_activation_error
+from dither.statistics.gram import Gram
+from dither.walk import Block
+
+
+class ERQ(Method):
+    """Activation error into weights, weight error into later weights and the bias.
+
+    `lam_mean` is the ridge on the mean Gram, in input units squared.
+    """
+
+    name: ClassVar[str] = "erq"
+    reparameterize: bool = Field(default=True, description="RepQ-ViT's reparameterization first (v2)")
+    dual: bool = Field(default=True, description="two grids a row behind reparameterized norms (v2)")
+    absorb: bool = Field(default=True, description="Aqer: absorb the activation error before rounding")
+    rounding: Literal["halves", "columns", "nearest"] = "halves"
+    refine_steps: Annotated[int, Field(ge=0)] = 100  # released code
+    lam_mean: Annotated[float, Field(gt=0)] = 0.16  # released example: 1000 on the sum over 6304 rows
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    round_zero_point: bool = True
+
+    def run(self, blocks: Iterable[Block], engine: Engine) -> None:
+        """Layers are independent: each is fitted on the full-precision model's inputs, in any order."""
+        for block in blocks:
+            quantize_operands(block, self.operand_specs(), self.inputs)
+            fitted = {}
+            if self.reparameterize and self.activations is not None:
+                fitted = reparameterize(block, self.activations, self.inputs, self.round_zero_point)
+            tasks, quantizers = measure(block, self.input_specs(block), self.inputs, fitted)
+            solve_and_store(block, tasks, quantizers, self.solve, engine)
+
+    def solve(self, task: LayerTask) -> LayerSolution:
+        """One layer: Aqer, then the grid, then Wqer."""
+        spec = self.weight_spec(task.name)
+        if self.dual and task.reparameterized and spec.granularity == "channel":
+            spec = spec.model_copy(update={"dual": True})
+        if task.gram is None:
+            grid = fit_grid(task.weight, spec)
+            return LayerSolution(quantize(task.weight, grid), task.bias, {"rounding": "nearest: grouped convolution"})
+        gram, columns, notes = task.gram, task.columns, {}
+        lam = self.lam_mean * gram.rows
+        weight = absorb_activation_error(task.with_bias(), gram, lam) if self.absorb else task.with_bias()  # Aqer
+        grid = fit_grid(weight[:, :columns].float(), spec)  # after Aqer, then frozen
+        weight, notes = self.round(weight, gram, grid, columns, lam)  # Wqer
+        bias = None if task.bias is None else weight[:, columns].float()
+        return LayerSolution(quantize(weight[:, :columns].float(), grid), bias, notes)
+
+    def round(
+        self, weight: Float[Tensor, "o k"], gram: Gram, grid: Grid, columns: int, lam: float
+    ) -> tuple[Float[Tensor, "o k"], dict[str, Any]]:
+        """Put the weight columns on the grid in the way `rounding` says."""
+        if self.rounding == "halves":
+            return round_by_halves(weight, gram.quantized, grid, columns, lam, self.refine_steps), {}
+        if self.rounding == "columns":
+            rounded = round_by_columns(weight, gram.quantized, grid, columns, self.damping, act_order=True)
+            result, notes = rounded.weight, dict(rounded.notes)
+        else:
+            result, notes = torch.cat([grid.round(weight[:, :columns]), weight[:, columns:]], dim=1), {}
+        if self.refine_steps:
+            result = refine_all(result, weight, gram.quantized, grid, columns, lam, self.refine_steps)
+        return result, notes

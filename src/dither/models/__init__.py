@@ -1,0 +1,1 @@
+"""How a network is read: blocks, layers, links and attention, found by running it once."""

@@ -1,0 +1,111 @@
+"""Forward passes that stop at every unit, one for each calibration batch.
+
+Each pass runs in a greenlet (a coroutine that can be suspended inside any call). When the model calls a unit, the pass
+is suspended with the unit's arguments; the walk computes the unit's output, with full-precision or quantized weights,
+and hands it back. Whatever the model does between its units runs as written, so nothing has to be traced or known.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+
+from dither.errors import InputError
+from dither.models.spill import Spill
+
+
+@dataclass(frozen=True)
+class Call:
+    """A unit's call that waits for its output."""
+
+    unit: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Pass(greenlet):
+    """The greenlet of one batch; its class tells suspended passes from the walk's own calls."""
+
+
+@contextmanager
+def suspended_at(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
+    """While open, a unit that is called from a `_Pass` suspends it; called by anyone else it just runs."""
+    modules = {name: model.get_submodule(name) for name in units}
+    for name, module in modules.items():
+        module.forward = _suspending(name, module.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward
+
+
+def _suspending(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def suspend(*args: Any, **kwargs: Any) -> Any:
+        current = getcurrent()
+        if not isinstance(current, _Pass) or current.parent is None:
+            return forward(*args, **kwargs)
+        return current.parent.switch(Call(name, args, kwargs))
+
+    return suspend
+
+
+class Stream:
+    """All batches, suspended at the same unit; activations wait in `spill`."""
+
+    def __init__(self, run: Callable[[Any], Any], batches: Sequence[Any], spill: Spill) -> None:
+        """`run` calls the model on one batch."""
+        self._passes = [_Pass(run) for _ in batches]
+        self._spill = spill
+        self.calls: list[Call] = []
+        self.results: list[Any] = []
+        self._take([one.switch(batch) for one, batch in zip(self._passes, batches, strict=True)])
+
+    def _take(self, states: list[Any]) -> None:
+        self.calls = [state for state in states if isinstance(state, Call)]
+        self.results = [state for state in states if not isinstance(state, Call)]
+        if len({call.unit for call in self.calls}) > 1 or (self.calls and self.results):
+            raise InputError(
+                "calibration batches take different ways through the model "
+                f"({sorted({call.unit for call in self.calls})}); use batches of equal shape"
+            )
+        for call in self.calls:
+            self._spill.park((call.args, call.kwargs))
+
+    @property
+    def unit(self) -> str | None:
+        """The unit at which the passes wait; None at the end."""
+        return self.calls[0].unit if self.calls else None
+
+    def run(self, module: nn.Module) -> Iterator[Any]:
+        """The module's output for each batch in turn, inputs fetched and parked around each."""
+        for call in self.calls:
+            self._spill.fetch((call.args, call.kwargs))
+            yield module(*call.args, **call.kwargs)
+            self._spill.park((call.args, call.kwargs))
+
+    def outputs(self, module: nn.Module) -> list[Any]:
+        """All outputs, parked."""
+        outputs = []
+        for output in self.run(module):
+            outputs.append(output)
+            self._spill.park(output)
+        return outputs
+
+    def resume(self, outputs: list[Any]) -> None:
+        """Hand every pass its unit's output and run it to its next unit."""
+        calls, states = self.calls, []
+        for one, call, output in zip(self._passes, calls, outputs, strict=True):
+            self._spill.fetch((call.args, call.kwargs))
+            self._spill.fetch(output)
+            states.append(one.switch(output))
+        self._take(states)
+
+    def close(self) -> None:
+        """Unwind passes that did not reach their end."""
+        for one in self._passes:
+            if not one.dead:
+                one.throw(GreenletExit)

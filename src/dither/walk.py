@@ -1,0 +1,261 @@
+"""The walk over a model: unit by unit in execution order, with what each unit sees in full precision and quantized.
+
+`walk` yields a `Block` at a time. A method measures its inputs, folds transforms and stores layers; when it asks for the
+next block, the finished one is handed to `on_done` (which writes it) and the passes move on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal, Protocol, Self, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dither.errors import NonFiniteError
+from dither.formats.qtensor import QTensor
+from dither.models.anatomy import Anatomy, Unit
+from dither.models.forward import Stream, suspended_at
+from dither.models.layers import input_rows, is_layer, quantized, weight_matrix
+from dither.models.links import Links, find_links, shared_inputs
+from dither.models.spill import Spill
+from dither.nn.activation import ActivationQuantizer
+from dither.nn.attention import AttentionOperands, operands_seen, quantize_attention
+
+Inputs = Literal["fp", "quantized", "both"]
+
+
+class Mergeable(Protocol):
+    """What `Block.observe` accumulates."""
+
+    def merge(self, other: Self) -> Self:
+        """A new statistic over both."""
+        ...
+
+
+S = TypeVar("S", bound=Mergeable)
+Measure = Callable[[Tensor, Tensor], S]  # (input that the quantized layer sees, full-precision input) → statistic
+
+
+@dataclass
+class LayerRecord:
+    """What the report says about a stored layer."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    weights: str
+    activations: str | None
+    bits_per_weight: float
+    nbytes: int
+    output_error: float | None
+    weight_error: float
+    time_s: float
+    input_range: tuple[float, float] | None = None
+    clip_range: tuple[float, float] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Block:
+    """One unit during its visit: `module` becomes quantized, `reference` stays in full precision."""
+
+    unit: Unit
+    module: nn.Module
+    reference: nn.Module
+    streams: Mapping[str, Stream]
+    parent: nn.Module
+    entry: str  # the layer that reads the network's own input
+    records: list[LayerRecord] = field(default_factory=list)
+    operand_records: list[dict[str, Any]] = field(default_factory=list)
+    remarks: dict[str, str] = field(default_factory=dict)  # module name → what was done to it, or why not
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # layer → extremes of its input
+    started: float = field(default_factory=perf_counter)
+
+    def layer(self, name: str) -> nn.Linear | nn.Conv2d:
+        """The full-precision layer of a full name."""
+        module = self.reference.get_submodule(self.local(name)) if self.local(name) else self.reference
+        if not is_layer(module):
+            raise TypeError(f"{name} is a {type(module).__name__}, not a layer")
+        return module
+
+    def local(self, name: str) -> str:
+        """A full module name as seen from the block."""
+        return name.removeprefix(self.unit.name).removeprefix(".")
+
+    def full(self, name: str) -> str:
+        """The full name of a module named from the block."""
+        return f"{self.unit.name}.{name}" if name else self.unit.name
+
+    def weight(self, name: str) -> Float[Tensor, "o i"]:
+        """The layer's weight as a float32 matrix, checked to be finite."""
+        return weight_matrix(self.layer(name), name)
+
+    def observe(self, measures: Mapping[str, Measure[S]], inputs: Inputs = "fp") -> dict[str, S]:
+        """Run the batches through the block and accumulate a statistic of each named layer's input.
+
+        `inputs` says whose: of the full-precision model, of the quantized prefix, or both as (seen, original).
+
+        Raises:
+            NonFiniteError: NaN or Inf arrives at a layer; the message names it.
+        """
+        results: dict[str, S] = {}
+        for seen, original in self._passes(list(measures), inputs):
+            for name, measure in measures.items():
+                for x, true in zip(seen[name], original[name], strict=True):
+                    try:
+                        part = measure(input_rows(self.layer(name), x), input_rows(self.layer(name), true))
+                    except NonFiniteError as error:
+                        raise NonFiniteError(f"input of {name}: {error}") from None
+                    results[name] = results[name].merge(part) if name in results else part
+        return results
+
+    def _passes(self, names: list[str], inputs: Inputs) -> Iterator[tuple[dict[str, list[Tensor]], ...]]:
+        if inputs == "both":
+            pairs = (("quantized", self.module), ("fp", self.reference))
+            yield from zip(*(self._inputs(names, stream, module) for stream, module in pairs), strict=True)
+        else:
+            module = self.reference if inputs == "fp" else self.module
+            yield from ((seen, seen) for seen in self._inputs(names, inputs, module))
+
+    def _inputs(self, names: list[str], stream: str, module: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+        seen: dict[str, list[Tensor]] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda _module, args: seen.setdefault(name, []).append(args[0])
+
+        layers = {name: module.get_submodule(self.local(name)) if self.local(name) else module for name in names}
+        handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+        try:
+            for _ in self.streams[stream].run(module):
+                yield seen
+                seen.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def observe_attention(self, owner: str, measure: Callable[[Tensor], S], inputs: Inputs = "fp") -> dict[str, S]:
+        """Accumulate a statistic of each operand of the attention that `owner` computes."""
+        results: dict[str, S] = {}
+
+        def handle(name: str, x: Tensor) -> Tensor:
+            try:
+                part = measure(x)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"attention {name} of {owner}: {error}") from None
+            results[name] = results[name].merge(part) if name in results else part
+            return x
+
+        stream, module = ("fp", self.reference) if inputs == "fp" else ("quantized", self.module)
+        with operands_seen(module.get_submodule(self.local(owner)) if self.local(owner) else module, handle):
+            for _ in self.streams[stream].run(module):
+                pass
+        return results
+
+    def links(self) -> Links:
+        """Norms and the layers that read nothing else, by full names."""
+        found = find_links(self.reference, self.once)
+        links = Links(refused={self.full(name): reason for name, reason in found.refused.items()})
+        links.found = [
+            type(link)(self.full(link.norm), tuple(self.full(name) for name in link.layers)) for link in found.found
+        ]
+        return links
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """The layers in execution order, those that read the same input together."""
+        layers = {name: self.layer(name) for name in self.unit.layers}
+        shared = {name: group for group in shared_inputs(layers, self.once) for name in group}
+        groups = [shared.get(name, (name,)) for name in self.unit.layers]
+        return list(dict.fromkeys(groups))
+
+    def once(self) -> Any:
+        """The full-precision block's output for the first batch."""
+        stream = next(iter(self.streams.values()))
+        return next(iter(stream.run(self.reference)))
+
+    def store(
+        self,
+        name: str,
+        weight: QTensor,
+        bias: Tensor | None,
+        quantizer: ActivationQuantizer | None,
+        record: LayerRecord,
+    ) -> None:
+        """Put the quantized layer into the network."""
+        replacement = quantized(self.layer(name), weight, bias, quantizer).to(weight.codes.device)
+        local = self.local(name)
+        if local:
+            holder, _, leaf = local.rpartition(".")
+            setattr(self.module.get_submodule(holder) if holder else self.module, leaf, replacement)
+        else:
+            setattr(self.parent, self.unit.name.rpartition(".")[2], replacement)
+            self.module = replacement
+        self.records.append(record)
+
+    def store_attention(self, owner: str, operands: AttentionOperands) -> None:
+        """Let an attention module compute with quantized operands."""
+        quantize_attention(self.module.get_submodule(self.local(owner)) if self.local(owner) else self.module, operands)
+
+
+def walk(
+    model: nn.Module,
+    anatomy: Anatomy,
+    run: Callable[[Any], Any],
+    batches: Sequence[Any],
+    inputs: Inputs,
+    spill_budget: int = 2**30,
+    restore: Callable[[Unit], bool] = lambda unit: False,
+    on_done: Callable[[Block], None] = lambda block: None,
+) -> Iterator[Block]:
+    """Visit the units of `model`, which is quantized in place.
+
+    `run` calls the model on a batch. `restore` puts a unit's earlier result into the model and says so; such a unit is
+    not yielded. `on_done` gets every finished block. Activations beyond `spill_budget` bytes wait on disk.
+    """
+    names = {"fp": ("fp",), "quantized": ("quantized",), "both": ("fp", "quantized")}[inputs]
+    units = {unit.name: unit for unit in anatomy.units}
+    streams: dict[str, Stream] = {}
+    with Spill(spill_budget, model.parameters()) as spill, suspended_at(model, list(units)):
+        try:
+            for name in names:
+                streams[name] = Stream(run, batches, spill)
+            while (current := streams[names[0]].unit) is not None:
+                yield from _visit(model, anatomy, units[current], streams, restore, on_done)
+        finally:
+            for stream in streams.values():
+                stream.close()
+
+
+def _visit(
+    model: nn.Module,
+    anatomy: Anatomy,
+    unit: Unit,
+    streams: dict[str, Stream],
+    restore: Callable[[Unit], bool],
+    on_done: Callable[[Block], None],
+) -> Iterator[Block]:
+    module, holder = model.get_submodule(unit.name), unit.name.rpartition(".")[0]
+    reference = _reference(module)
+    outputs = {"fp": streams["fp"].outputs(reference)} if "fp" in streams else {}
+    if restore(unit):
+        module = model.get_submodule(unit.name)
+    else:
+        block = Block(unit, module, reference, streams, model.get_submodule(holder) if holder else model, anatomy.entry)
+        yield block
+        module = block.module
+        on_done(block)
+    if "quantized" in streams:
+        outputs["quantized"] = streams["quantized"].outputs(module)
+    for name, stream in streams.items():
+        stream.resume(outputs[name])
+
+
+def _reference(module: nn.Module) -> nn.Module:
+    """A full-precision copy that runs when called (the live module's `forward` suspends passes)."""
+    forward = module.__dict__.pop("forward")
+    try:
+        return deepcopy(module)
+    finally:
+        module.forward = forward
