@@ -1,5 +1,80 @@
-"""dither: store a trained network in few bits with the least loss."""
+"""dither: store a trained network in few bits with the least loss.
 
+    import dither
+
+    result = dither.quantize("path/to/model", dither.ERQ(weights="int4", activations="int4"), "pictures/")
+    result.save("out/")
+    model = dither.load("out/")
+
+Names are loaded when first used, so that `import dither` is quick; it also lets transformers' `from_pretrained` open
+what dither wrote.
+"""
+
+import importlib
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from dither.export.registration import register_when_imported
+
+if TYPE_CHECKING:
+    from dither.comparison import compare
+    from dither.data import ImageSet, open_images
+    from dither.errors import DitherError
+    from dither.evaluation.evaluate import evaluate
+    from dither.formats.spec import QuantSpec
+    from dither.methods import ERQ, GPTQ, METHODS, RTN, Method, RepQ
+    from dither.pipeline import Report, Result, load, quantize, save
 
 __version__ = version("dither")
+_HOME = {
+    "compare": "dither.comparison",
+    "ImageSet": "dither.data",
+    "open_images": "dither.data",
+    "DitherError": "dither.errors",
+    "evaluate": "dither.evaluation.evaluate",
+    "QuantSpec": "dither.formats.spec",
+    "ERQ": "dither.methods",
+    "GPTQ": "dither.methods",
+    "METHODS": "dither.methods",
+    "Method": "dither.methods",
+    "RTN": "dither.methods",
+    "RepQ": "dither.methods",
+    "Report": "dither.pipeline",
+    "Result": "dither.pipeline",
+    "load": "dither.pipeline",
+    "quantize": "dither.pipeline",
+    "save": "dither.pipeline",
+}
+__all__ = [
+    "ERQ",
+    "GPTQ",
+    "METHODS",
+    "RTN",
+    "DitherError",
+    "ImageSet",
+    "Method",
+    "QuantSpec",
+    "RepQ",
+    "Report",
+    "Result",
+    "compare",
+    "evaluate",
+    "load",
+    "open_images",
+    "quantize",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, loaded from where it lives."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'dither' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+register_when_imported()

@@ -1,6 +1,6 @@
 """Steps on a block that methods share: quantize attention, reparameterize norms, fit input ranges, measure, solve, store."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal, Protocol, Self, TypeVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 

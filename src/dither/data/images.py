@@ -114,6 +114,10 @@ class ImageSet:
             digest.update(picture.read())
         return digest.hexdigest()
 
+    def digests(self) -> frozenset[str]:
+        """The digest of each file's bytes, to find pictures that two sets share."""
+        return frozenset(hashlib.sha256(picture.read()).hexdigest() for picture in self.pictures)
+
     def pixel_batches(
         self, processor: ImageProcessor, batch_size: int, *, expect_channels: int = 3
     ) -> Iterator[Float[Tensor, "_ c h w"]]:

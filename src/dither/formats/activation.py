@@ -1,7 +1,7 @@
 """Fake quantization of activations: which parameters a format needs, how they are fitted, how they are applied.
 
-Activations are [..., d]; a format is per tensor, per channel (the last axis) or per token (one scale a row, measured per call).
-`Scales` are the fitted parameters: scale and zero-point (uniform), scale (logarithmic), or the three numbers of a twin.
+Activations are [..., d]; a format is per tensor, per channel (the last axis) or per token (one scale a row, measured per
+call). `Scales` are the fitted parameters: scale and zero-point (uniform), scale (logarithmic), or the three numbers of a twin.
 """
 
 import torch
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dither.errors import SpecError
-from dither.formats.grid import decode, encode
+from dither.formats.grid import decode, encode, highest_code, lowest_code
 from dither.formats.logarithmic import decode_log, encode_log
 from dither.formats.ranges import affine, search_range
 from dither.formats.spec import QuantSpec
@@ -34,8 +34,17 @@ def fit_activation(sample: Float[Tensor, "n d"], spec: QuantSpec) -> Scales:
     if spec.kind != "int":
         return _fit_log(sample, spec), torch.zeros((), device=sample.device)
     cells = sample.T if spec.granularity == "channel" else sample.reshape(1, -1)
-    scale, zero_point = affine(*search_range(cells.contiguous(), spec), spec, stored=False)
-    return (scale, zero_point) if spec.granularity == "channel" else (scale[0], zero_point[0])
+    scale, zero_point = _fit_cells(cells.contiguous(), spec)
+    if spec.granularity == "tensor":
+        return scale[0], zero_point[0]
+    dead = (sample == 0).all(dim=0)
+    if bool(dead.any()) and not bool(dead.all()):  # a channel without values must not weigh in a mean of scales
+        scale = torch.where(dead, scale[~dead].mean(), scale)
+    return scale, zero_point
+
+
+def _fit_cells(cells: Float[Tensor, "n m"], spec: QuantSpec) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    return affine(*search_range(cells, spec, stored=False), spec, stored=False)
 
 
 def fake_quantize(x: Float[Tensor, "*b d"], scales: Scales, spec: QuantSpec) -> Float[Tensor, "*b d"]:
@@ -60,7 +69,7 @@ def measure(x: Float[Tensor, "*b d"], spec: QuantSpec) -> Scales:
     if spec.kind != "int" or spec.granularity not in ("token", "tensor"):
         raise SpecError(f"dynamic activation format {spec}: use intB:token or intB:tensor:dynamic")
     cells = x.reshape(-1, x.shape[-1]) if spec.granularity == "token" else x.reshape(1, -1)
-    scale, zero_point = affine(*search_range(cells, spec), spec, stored=False)
+    scale, zero_point = _fit_cells(cells, spec)
     shape = (*x.shape[:-1], 1) if spec.granularity == "token" else ()
     return scale.reshape(shape), zero_point.reshape(shape)
 
@@ -75,7 +84,7 @@ def covered_range(scales: Scales, spec: QuantSpec) -> tuple[float, float] | None
         return (0.0 if split > 0 else -low * half), high * half
     if spec.kind != "int":
         return 0.0, float(scale)
-    ends = [scale * (code - zero_point) for code in (0, spec.levels - 1)]
+    ends = [scale * (code - zero_point) for code in (lowest_code(spec), highest_code(spec))]
     return float(ends[0].min()), float(ends[1].max())
 
 

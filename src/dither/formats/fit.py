@@ -52,7 +52,10 @@ def _cells(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Float[Tensor, "n m"
 def _fit_dual(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Grid:
     """Two grids a row: one for the outlier columns, one for the others (ERQ v2, dual uniform quantization)."""
     outlier = outlier_columns(weight)
-    parts = [affine(*search_range(weight[:, chosen], spec), spec) for chosen in (~outlier, outlier)]
+    sides = [
+        weight[:, chosen] if bool(chosen.any()) else weight for chosen in (~outlier, outlier)
+    ]  # one column: no side
+    parts = [affine(*search_range(side, spec), spec) for side in sides]
     scale, zero_point = (torch.stack([part[k] for part in parts], dim=1) for k in (0, 1))
     return Grid(spec, scale, zero_point, None, outlier.long())
 
@@ -60,7 +63,8 @@ def _fit_dual(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Grid:
 def outlier_columns(weight: Float[Tensor, "o i"]) -> Bool[Tensor, " i"]:
     """The columns that are most often beyond a row's own 99th (1st) percentile of positive (negative) entries.
 
-    Their number is o // 20 but leaves at least one column on either side; ties go to the lower column.
+    Their number is o // 20 but leaves at least one column on either side (none of a single one); ties go to the lower
+    column.
     """
     rows, columns = weight.shape
     high = _signed_quantile(weight, torch.gt, OUTLIER_PERCENTILE)

@@ -129,7 +129,7 @@ def group_size(spec: QuantSpec, length: int) -> int:
     """
     size = spec.group_size or length
     if length % size:
-        fitting = [d for d in range(size, 0, -1) if length % d == 0][0]
+        fitting = next(d for d in range(size, 0, -1) if length % d == 0)
         raise ShapeError(
             f"group size {size} of {spec} does not divide {length} {spec.group_along}; the next that does is g{fitting}"
         )

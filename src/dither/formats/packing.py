@@ -7,8 +7,11 @@ occupies bits k*B … k*B+B-1 of the row's stream, bit j of the stream is bit j 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
+from torch.nn import functional
 
 from dither.errors import ShapeError
+
+_OCTET = 8  # codes of B bits fill B bytes, so eight at a time start and end on a byte, whatever B is
 
 
 def packed_width(count: int, bits: int) -> int:
@@ -20,33 +23,40 @@ def pack(codes: UInt8[Tensor, "r n"], bits: int) -> UInt8[Tensor, "r bytes"]:
     """Pack each row of codes; the last byte is filled with zero bits.
 
     Raises:
-        ShapeError: a code does not fit into `bits`.
+        ShapeError: `bits` is not 1 to 8, or a code does not fit into it.
     """
-    if bits < 8 and codes.numel() and int(codes.max()) >> bits:
+    _check_bits(bits)
+    if codes.numel() and int(codes.max()) >> bits:
         raise ShapeError(f"packing to {bits} bits: codes must be below {2**bits}, got {int(codes.max())}")
     rows, count = codes.shape
-    stream = (codes[:, :, None] >> _places(bits, codes.device)) & 1
-    padded = torch.zeros(rows, packed_width(count, bits) * 8, dtype=torch.uint8, device=codes.device)
-    padded[:, : count * bits] = stream.reshape(rows, count * bits)
-    octets = padded.reshape(rows, -1, 8) << _places(8, codes.device)
-    return octets.sum(dim=-1, dtype=torch.uint8)
+    octets = functional.pad(codes, (0, -count % _OCTET)).unflatten(1, (-(-count // _OCTET), _OCTET))
+    words = torch.zeros(octets.shape[:2], dtype=torch.long, device=codes.device)
+    for place in range(_OCTET):
+        words |= octets[:, :, place].long() << place * bits
+    stream = torch.stack([(words >> 8 * byte) & 255 for byte in range(bits)], dim=2).to(torch.uint8)
+    return stream.flatten(1)[:, : packed_width(count, bits)].contiguous()
 
 
 def unpack(packed: UInt8[Tensor, "r bytes"], bits: int, count: int) -> UInt8[Tensor, "r n"]:
     """The first `count` codes of each row; the inverse of `pack`.
 
     Raises:
-        ShapeError: the row is not as long as `count` codes need.
+        ShapeError: `bits` is not 1 to 8, or the row is not as long as `count` codes need.
     """
-    rows, width = packed.shape
+    _check_bits(bits)
+    width = packed.shape[1]
     if width != packed_width(count, bits):
         raise ShapeError(
             f"unpacking {count} codes of {bits} bits: expected {packed_width(count, bits)} bytes, got {width}"
         )
-    stream = (packed[:, :, None] >> _places(8, packed.device)) & 1
-    used = stream.reshape(rows, width * 8)[:, : count * bits].reshape(rows, count, bits)
-    return (used << _places(bits, packed.device)).sum(dim=-1, dtype=torch.uint8)
+    stream = functional.pad(packed, (0, -width % bits)).unflatten(1, (-(-width // bits), bits))
+    words = torch.zeros(stream.shape[:2], dtype=torch.long, device=packed.device)
+    for byte in range(bits):
+        words |= stream[:, :, byte].long() << 8 * byte
+    octets = torch.stack([(words >> place * bits) & (2**bits - 1) for place in range(_OCTET)], dim=2)
+    return octets.to(torch.uint8).flatten(1)[:, :count].contiguous()
 
 
-def _places(count: int, device: torch.device) -> UInt8[Tensor, " count"]:
-    return torch.arange(count, dtype=torch.uint8, device=device)
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ShapeError(f"packing: codes have 1 to 8 bits, got {bits}")

@@ -1,6 +1,7 @@
 """QTensor: a weight as it is stored, codes on a grid, with its bytes counted honestly."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from jaxtyping import Float, UInt8
@@ -37,7 +38,7 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes on disk: packed codes, scales, zero-points and the column set of a dual grid."""
-        return sum(part.nbytes for part in self.pack().values())
+        return sum(prod(size) * dtype.itemsize for size, dtype in layout(self.spec, self.shape).values())
 
     @property
     def bits_per_weight(self) -> float:

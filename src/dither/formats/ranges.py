@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dither.errors import SpecError
 from dither.formats.grid import decode, encode, highest_code, implied_zero_point
 from dither.formats.spec import QuantSpec
 
@@ -26,6 +27,9 @@ def affine(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec,
     """Scale and zero-point of ranges; a range of zero width becomes one that holds its value and zero.
 
     `stored` rounds the scale to the spec's storage dtype first, so that the file holds what was used.
+
+    Raises:
+        SpecError: a scale or a real zero-point is too large for the storage dtype.
     """
     low, high = _open(low, high, spec)
     if spec.symmetry == "asym":
@@ -36,13 +40,24 @@ def affine(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec,
         steps = 2 ** (spec.bits - 1) - 1 if spec.narrow else highest_code(spec) / 2
         scale = torch.maximum(low.abs(), high.abs()) / steps
     if spec.power_of_two:
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+        mantissa, exponent = torch.frexp(scale)  # exact on every device, which a logarithm is not
+        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
     if stored:
-        scale = scale.to(scale_dtype(spec)).to(low.dtype)
-    scale = scale.clamp_min(_SMALLEST[spec.scale_dtype])
+        scale = _as_stored(scale, spec)
+    scale = scale.clamp_min(_SMALLEST[spec.scale_dtype if stored else "float32"])
     if spec.symmetry != "asym":
         return scale, torch.full_like(scale, implied_zero_point(spec))
     return scale, _zero_point(low, scale, spec, stored)
+
+
+def _as_stored(part: Float[Tensor, " n"], spec: QuantSpec) -> Float[Tensor, " n"]:
+    rounded = part.to(scale_dtype(spec)).to(part.dtype)
+    if bool((rounded.isinf() & part.isfinite()).any()):
+        raise SpecError(
+            f"{spec}: a scale or zero-point of {float(part.abs().amax()):.4g} does not fit into {spec.scale_dtype}; "
+            "use scale_dtype float32 or, for a zero-point, a range with zero in it (zeroin)"
+        )
+    return rounded
 
 
 def _zero_point(
@@ -50,7 +65,7 @@ def _zero_point(
 ) -> Float[Tensor, " n"]:
     zero_point = -low / scale
     if spec.zero_point == "real":
-        return zero_point.to(scale_dtype(spec)).to(scale.dtype) if stored else zero_point
+        return _as_stored(zero_point, spec) if stored else zero_point
     zero_point = torch.round(zero_point)
     # with zero in range rounding of the scale must not push the zero-point out of the codes
     return zero_point.clamp(0, highest_code(spec)) if spec.include_zero or spec.zero_point == "clamped" else zero_point
@@ -70,24 +85,29 @@ def _open(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec) 
     return torch.where(empty, -torch.ones_like(low), low), torch.where(empty, torch.ones_like(high), high)
 
 
-def search_range(cells: Float[Tensor, "n m"], spec: QuantSpec) -> Bounds:
-    """Low and high of each cell: its extremes, or the candidate of least squared error (of norm 2.4 for `mse`)."""
+def search_range(cells: Float[Tensor, "n m"], spec: QuantSpec, stored: bool = True) -> Bounds:
+    """Low and high of each cell: its extremes, or the candidate of least squared error (of norm 2.4 for `mse`).
+
+    `stored` as in `affine`, so that candidates are judged by the scales that will be used.
+    """
     low, high = cells.amin(dim=1), cells.amax(dim=1)
     if spec.search == "minmax":
         return low, high
     if spec.search == "percentile":
         ordered = cells.sort(dim=1).values
         candidates = [(_quantile(ordered, 1 - p), _quantile(ordered, p)) for p in spec.percentiles]
-        return _least_error(cells, candidates, spec, norm=2.0)
+        return _least_error(cells, candidates, spec, 2.0, stored)
     shrinks = [1 - step * (1 - _SHRINK_TO) / _SHRINK_STEPS for step in range(_SHRINK_STEPS)]
-    return _least_error(cells, [(low * p, high * p) for p in shrinks], spec, norm=_SHRINK_NORM)
+    return _least_error(cells, [(low * p, high * p) for p in shrinks], spec, _SHRINK_NORM, stored)
 
 
-def _least_error(cells: Float[Tensor, "n m"], candidates: list[Bounds], spec: QuantSpec, norm: float) -> Bounds:
+def _least_error(
+    cells: Float[Tensor, "n m"], candidates: list[Bounds], spec: QuantSpec, norm: float, stored: bool
+) -> Bounds:
     best_low, best_high = (bound.clone() for bound in candidates[0])
     best = torch.full_like(best_low, torch.inf)
     for low, high in candidates:
-        scale, zero_point = (part[:, None] for part in affine(low, high, spec))
+        scale, zero_point = (part[:, None] for part in affine(low, high, spec, stored))
         error = decode(encode(cells, scale, zero_point, spec), scale, zero_point).sub_(cells).abs_().pow_(norm).mean(1)
         better = error < best
         best = torch.where(better, error, best)

@@ -1,6 +1,6 @@
 """QuantSpec: what a tensor is stored as, with the short text form used by the command line, recipes and reports.
 
-Grammar: KIND[:TOKEN]…, for example `int4`, `int3:g128`, `int4:g128:asym`, `int8:token`, `log2-4`, `logsqrt2-4`, `twin4`.
+Grammar: KIND[:TOKEN]…, for example `int4`, `int3:g128`, `int4:g128:asym`, `int8:token`, `log2-4`, `logsqrt2-4`, `twin4`
 
     KIND      int1 … int8 | log2-B | logsqrt2-B | twinB             B bits a code
     TOKEN     tensor | channel | token | gN                         one scale for what
@@ -9,13 +9,14 @@ Grammar: KIND[:TOKEN]…, for example `int4`, `int3:g128`, `int4:g128:asym`, `in
               zeroin | tight                                        range forced through 0, or the true extremes
               intzero | clampzero | realzero                        zero-point: integer, integer within the codes, real
               minmax | percentile | mse                             how the range is searched
-              full | narrow                                         symmetric codes use all levels, or leave out the lowest
-              single | dual                                         one grid a row, or two (outlier columns apart; ERQ v2)
+              full | narrow                                         symmetric codes use all levels, or all but the lowest
+              single | dual                                         one grid a row, or two (outlier columns apart: ERQ)
               anyscale | pow2                                       scales are free, or powers of two
-              static | dynamic                                      activation ranges are calibrated, or measured per call
+              static | dynamic                                      activation ranges are calibrated, or of each call
 
-Tokens that a text leaves out come from `base`, a method's own choice; `str(spec)` names whatever differs from the plain default.
-The published min/max conventions are values of these fields: GPTQ `zeroin:intzero`, AWQ `tight:clampzero`, SpQR and HQQ `tight:realzero`.
+Tokens that a text leaves out come from `base`, a method's own choice; `str(spec)` names whatever differs from the plain
+default, except `percentiles` and `scale_dtype`, which have no token. The published min/max conventions are values of
+these fields: GPTQ `zeroin:intzero`, AWQ `tight:clampzero`, SpQR and HQQ `tight:realzero`.
 """
 
 import re
@@ -148,7 +149,7 @@ class QuantSpec(BaseModel):
     @property
     def levels(self) -> int:
         """Number of codes."""
-        return 2**self.bits
+        return 1 << self.bits
 
     @property
     def stores_zero_point(self) -> bool:
@@ -173,7 +174,7 @@ def _token(token: str, text: str) -> dict[str, Any]:
 
 
 def read_spec(value: Any, base: str) -> Any:
-    """A text completed from `base`, or plain fields, as a QuantSpec; `none` and `fp` as None; anything else as it is."""
+    """A text completed from `base`, or plain fields, as a QuantSpec; `none` and `fp` as None; others as they are."""
     if value in ("none", "fp"):
         return None
     if isinstance(value, str):

@@ -2,8 +2,8 @@
 
 Source: PTQ4ViT (Yuan et al., ECCV 2022, arXiv 2111.12293). For softmax: a fine step below `split`, a coarse one above.
 For GELU: one step for the negative side (split = 0), one for the positive.
-Departs from the released code: a value is quantized in its own region only; there both regions are added up, which
-leaves an offset of about `split`.
+Departs from the released code: a value takes the nearest level of either region, so that a larger value never comes out
+smaller; there both regions are added up, which leaves an offset of about `split`.
 """
 
 import torch
@@ -19,9 +19,10 @@ def encode_twin(x: Float[Tensor, "*n"], twin: Twin, spec: QuantSpec) -> Float[Te
     """Codes as floats; those of the high region carry the top bit."""
     low, high, split = twin
     top = spec.levels // 2
-    above = torch.round(x / high).clamp(0, top - 1) + top
+    above = torch.round(x / high).clamp(0, top - 1)
     below = torch.round(x / _signed(low, split)).clamp(0, top - 1)
-    return torch.where(x >= split, above, below)
+    nearer = (x - above * high).abs() < (x - below * _signed(low, split)).abs()
+    return torch.where(nearer, above + top, below)
 
 
 def decode_twin(codes: Float[Tensor, "*n"], twin: Twin, spec: QuantSpec) -> Float[Tensor, "*n"]:

@@ -22,8 +22,7 @@ from dither.engine.local import Engine
 from dither.formats.fit import fit_grid
 from dither.formats.grid import Grid
 from dither.formats.qtensor import quantize
-from dither.formats.spec import WEIGHT_PERCENTILES, QuantSpec
-from dither.methods.base import WEIGHTS, Method, WeightSpec
+from dither.methods.base import Method
 from dither.solvers.columns import round_by_columns
 from dither.solvers.halves import refine_all, round_by_halves
 from dither.solvers.ridge import absorb_activation_error

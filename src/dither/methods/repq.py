@@ -10,9 +10,8 @@ inputs that earlier quantizers have changed; the mean zero-point is rounded, so 
 from collections.abc import Iterable
 from typing import ClassVar
 
-from dither.calibrate import measure, quantize_operands, reparameterize, solve_and_store
+from dither.calibrate import LayerSolution, LayerTask, measure, quantize_operands, reparameterize, solve_and_store
 from dither.engine.local import Engine
-from dither.calibrate import LayerSolution, LayerTask
 from dither.formats.fit import fit_grid
 from dither.formats.qtensor import quantize
 from dither.methods.base import Method

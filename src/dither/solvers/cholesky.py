@@ -59,4 +59,5 @@ def inverse_upper(factor_of_reversed: Float[Tensor, "k k"]) -> Float[Tensor, "k 
     """
     upper = factor_of_reversed.flip(0, 1)
     eye = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, eye, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+    return inverse

@@ -1,6 +1,7 @@
 """Round column by column; the columns that are left compensate each error (GPTQ).
 
-Source: GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323), Algorithm 1, with act-order and static groups of the released code.
+Source: GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323), Algorithm 1; act-order and static groups as in the released
+code.
 Departs from the released code: the triangular factor comes from a triangular solve, not from an inverse; a column
 without any input is rounded to nearest instead of set to zero; a trailing bias column stays unrounded and compensates.
 """
@@ -30,7 +31,7 @@ def round_by_columns(
 ) -> Rounded:
     """Round the first `columns` columns one after the other; whatever follows (the bias) only compensates.
 
-    `gram` may be scaled freely; `damping` is in units of its mean diagonal. With a diagonal Gram this is rounding to nearest.
+    `gram` may be scaled freely; `damping` is in units of its mean diagonal. A diagonal Gram gives rounding to nearest.
 
     Raises:
         NumericalError: the damped Gram is not positive definite at any step of the ladder.

@@ -27,13 +27,14 @@ def refine_codes(
     gradient = 2 * error @ proxy
     curvature = scale.square() * proxy.diagonal()
     rows = torch.arange(codes.shape[0], device=codes.device)
+    # a strict decrease beyond rounding noise, else two equal codes could be exchanged for ever
+    noise = -4096 * torch.finfo(proxy.dtype).eps
     for _ in range(steps):
         slope = scale * gradient
         up = torch.where(codes < high, curvature + slope, torch.inf)
         down = torch.where(codes > low, curvature - slope, torch.inf)
         change, column = torch.minimum(up, down).min(dim=1)
-        # a strict decrease beyond rounding noise, else two equal codes could be exchanged for ever
-        moving = change < -1e-12 * curvature[rows, column]
+        moving = change < noise * curvature[rows, column]
         if not bool(moving.any()):
             break
         at, where = rows[moving], column[moving]

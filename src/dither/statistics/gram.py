@@ -1,4 +1,4 @@
-"""Gram matrices of a layer's inputs: all that ridge regression, GPTQ and rounding refinement need to know of the data."""
+"""Gram matrices of a layer's inputs: all that ridge regression, GPTQ and rounding refinement know of the data."""
 
 from dataclasses import dataclass
 from typing import Self

@@ -1,7 +1,8 @@
 """A bounded sample of rows, from which percentiles and range searches are taken.
 
-While the rows fit, the sample is all of them. Beyond that the rows with the smallest hash of their own contents stay:
-which rows those are depends neither on their order nor on how they were split, so merging is exact and nothing is random.
+While the rows fit, the sample is all of them. Beyond that the rows with the smallest hash of their own contents stay.
+Which those are depends neither on their order nor on how they were split, so merging is exact and nothing is random; equal
+rows stay or go together.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dither.errors import ShapeError
 from dither.statistics.base import as_rows
 from dither.statistics.extremes import MinMax
 
@@ -34,9 +36,11 @@ class RowSample:
         return cls(_smallest_hashes(rows, capacity), MinMax.of(rows), capacity)
 
     def merge(self, other: Self) -> "RowSample":
-        """The sample of both."""
-        rows = torch.cat([self.rows, other.rows])
-        return RowSample(_smallest_hashes(rows, self.capacity), self.extremes.merge(other.extremes), self.capacity)
+        """The sample of both, as large as the smaller capacity allows."""
+        if self.rows.shape[1] != other.rows.shape[1]:
+            raise ShapeError(f"merging samples of {self.rows.shape[1]} and {other.rows.shape[1]} columns")
+        rows, capacity = torch.cat([self.rows, other.rows]), min(self.capacity, other.capacity)
+        return RowSample(_smallest_hashes(rows, capacity), self.extremes.merge(other.extremes), capacity)
 
 
 def _smallest_hashes(rows: Float[Tensor, "n d"], capacity: int) -> Float[Tensor, "m d"]:

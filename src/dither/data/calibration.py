@@ -1,0 +1,100 @@
+"""Calibration data: what a user gives, as batches that a network can be called on."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dither.data.images import ImageSet, open_images
+from dither.data.processing import ImageProcessor, pixel_values
+from dither.errors import InputError
+
+COUNT = 32  # pictures; what ERQ and RepQ-ViT use
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches and where they came from; `sha256` is over the numbers that the network is called on."""
+
+    batches: tuple[Any, ...]
+    count: int
+    source: str
+    sha256: str
+
+
+def prepare_calibration(
+    data: Any,
+    processor: ImageProcessor | None,
+    channels: int,
+    count: int | None,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+) -> Calibration:
+    """Batches on `device` from a path, an ImageSet, PIL pictures, a tensor of inputs or an iterable of ready batches.
+
+    From a path or an ImageSet `count` pictures are drawn by `seed` (None: 32, or all where there are fewer).
+
+    Raises:
+        InputError: fewer pictures than asked for, no processor for pictures, or nothing at all.
+    """
+    if isinstance(data, str | Path):
+        data = open_images(data)
+    if isinstance(data, ImageSet):
+        chosen = data.sample(min(COUNT, len(data)) if count is None else count, seed)
+        if processor is None:
+            raise InputError("pictures need an image processor: use a model folder that has one, or pass tensors")
+        batches = list(chosen.pixel_batches(processor, batch_size, expect_channels=channels))
+        return _calibration(batches, len(chosen), data.source, device)
+    if isinstance(data, Tensor):
+        return _calibration(list(_limited(data, count).split(batch_size)), len(_limited(data, count)), "tensor", device)
+    items = list(data) if isinstance(data, Iterable) else []
+    if items and all(isinstance(item, Image.Image) for item in items):
+        if processor is None:
+            raise InputError("pictures need an image processor: use a model folder that has one, or pass tensors")
+        pixels = pixel_values(processor, _limited(items, count), channels)
+        return _calibration(list(pixels.split(batch_size)), len(pixels), "pictures", device)
+    if not items:
+        raise InputError(f"calibration needs a path, pictures, a tensor or batches; got {type(data).__name__}, empty")
+    return _calibration(items, sum(_rows(item) for item in items), "batches", device)
+
+
+def _limited(data: Any, count: int | None) -> Any:
+    if count is not None and count > len(data):
+        raise InputError(f"calibration of {count} was asked for, but there are only {len(data)}")
+    return data if count is None else data[:count]
+
+
+def _calibration(batches: Sequence[Any], count: int, source: str, device: torch.device) -> Calibration:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for tensor in _tensors(batch):
+            digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    moved = tuple(_to(batch, device) for batch in batches)
+    return Calibration(moved, count, source, digest.hexdigest())
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else []
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: _to(part, device) for key, part in batch.items()}
+    return type(batch)(_to(part, device) for part in batch) if isinstance(batch, list | tuple) else batch
+
+
+def _rows(batch: Any) -> int:
+    tensors = _tensors(batch)
+    return int(tensors[0].shape[0]) if tensors and tensors[0].ndim else 0

@@ -1,0 +1,94 @@
+"""The structure of a quantized network as plain data, so that a file can say which modules its tensors belong to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dither.errors import StorageError
+from dither.formats.spec import QuantSpec
+from dither.models.layers import is_layer
+from dither.nn.activation import ActivationQuantizer
+from dither.nn.attention import AttentionOperands, quantize_attention
+from dither.nn.linear import ConvGeometry, PackedWeight, QuantizedConv2d, QuantizedLinear
+
+SCHEMA = 1
+Structure = dict[str, Any]
+
+
+def describe(model: nn.Module, prefix: str = "") -> Structure:
+    """Quantized layers, attention operands and norm biases of a network, by module name below `prefix`."""
+    structure: Structure = {"schema": SCHEMA, "layers": {}, "attention": {}, "biases": {}}
+    for name, module in model.named_modules(prefix=prefix):
+        if isinstance(module, QuantizedLinear | QuantizedConv2d):
+            structure["layers"][name] = {
+                "weights": module.packed.spec.model_dump(mode="json"),
+                "shape": list(module.packed.shape),
+                "bias": module.bias is not None,
+                "activations": _describe_quantizer(module.input_quantizer),
+            }
+        elif isinstance(module, AttentionOperands):
+            owner = name.rpartition(".")[0]
+            structure["attention"][owner] = {key: _describe_quantizer(q) for key, q in module.named_children()}
+        elif _is_bare_norm(module):
+            structure["biases"][name] = module.get_parameter("bias").shape[0]
+    return structure
+
+
+def _describe_quantizer(quantizer: nn.Module | None) -> dict[str, Any] | None:
+    if not isinstance(quantizer, ActivationQuantizer):
+        return None
+    channels = 1 if quantizer.spec.dynamic else quantizer.scale.numel()
+    return {"spec": quantizer.spec.model_dump(mode="json"), "channels": channels}
+
+
+def _is_bare_norm(module: nn.Module) -> bool:
+    """A leaf with one-dimensional weight and bias: a norm whose bias may have been created by a fold."""
+    weight, bias = (module._parameters.get(key) for key in ("weight", "bias"))
+    return weight is not None and bias is not None and weight.ndim == 1
+
+
+def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> None:
+    """Replace the modules of a full-precision skeleton by empty quantized ones, in place, ready for a state to be loaded.
+
+    Raises:
+        StorageError: the skeleton lacks a module that the structure names, or the structure is of a newer schema.
+    """
+    if structure.get("schema") != SCHEMA:
+        raise StorageError(f"expected quantization schema {SCHEMA}, got {structure.get('schema')}; update dither")
+    for name, entry in structure["layers"].items():
+        holder, _, leaf = name.rpartition(".")
+        setattr(_module(model, holder), leaf, _empty_layer(_module(model, name), name, entry))
+    for owner, operands in structure["attention"].items():
+        quantizers = {key: quantizer for key, one in operands.items() if (quantizer := _empty_quantizer(one))}
+        quantize_attention(_module(model, owner), AttentionOperands(quantizers))
+    for name, size in structure["biases"].items():
+        norm = _module(model, name)
+        if getattr(norm, "bias", None) is None:
+            like = norm.get_parameter("weight")
+            norm.bias = nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device), requires_grad=False)
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise StorageError(f"the stored network names {name!r}, which {type(model).__name__} does not have") from None
+
+
+def _empty_layer(layer: nn.Module, name: str, entry: Mapping[str, Any]) -> QuantizedLinear | QuantizedConv2d:
+    if not is_layer(layer):
+        raise StorageError(f"{name} is stored as a quantized layer, but is a {type(layer).__name__} here")
+    rows, columns = entry["shape"]
+    dtype = layer.weight.dtype
+    packed = PackedWeight(QuantSpec(**entry["weights"]), (rows, columns))
+    bias = torch.zeros(rows, dtype=dtype) if entry["bias"] else None
+    quantizer = _empty_quantizer(entry["activations"])
+    if isinstance(layer, nn.Linear):
+        return QuantizedLinear(packed, bias, quantizer, dtype)
+    return QuantizedConv2d(packed, bias, quantizer, dtype, ConvGeometry(layer))
+
+
+def _empty_quantizer(entry: Mapping[str, Any] | None) -> ActivationQuantizer | None:
+    return None if entry is None else ActivationQuantizer(QuantSpec(**entry["spec"]), entry["channels"])

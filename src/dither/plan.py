@@ -1,0 +1,92 @@
+"""The plan of a run before hours are spent: what will be stored how, how large, how much memory, and what cannot work."""
+
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from dither.errors import ShapeError, SpecError
+from dither.formats.qtensor import layout
+from dither.formats.spec import QuantSpec
+from dither.methods import Method
+from dither.models.anatomy import Anatomy
+from dither.models.layers import has_gram, is_layer
+
+_PASSES = 6  # measured: links, ranges and Grams of a block take about five block forwards, plus the output
+
+
+def check_formats(model: nn.Module, anatomy: Anatomy, method: Method) -> None:
+    """Refuse formats that cannot hold a layer, before anything runs.
+
+    Raises:
+        SpecError: a weight format that is no weight format.
+        ShapeError: a group size that does not divide; the message names the layer.
+    """
+    for name in anatomy.layers:
+        spec = method.weight_spec(name)
+        if spec.kind != "int" or spec.dynamic:
+            raise SpecError(f"{name}: weights need a static uniform format, got {spec}; try int{spec.bits}")
+        try:
+            layout(spec, _matrix_shape(model, name))
+        except ShapeError as error:
+            raise ShapeError(f"{name}: {error}") from None
+    for field in ("activations", "attention", "probabilities", "entry_activations"):
+        spec = getattr(method, field)
+        if isinstance(spec, QuantSpec) and spec.granularity in ("group", "channel"):
+            raise SpecError(
+                f"{field} {spec}: activations have one range a tensor or a token; write int{spec.bits}:tensor"
+            )
+
+
+def _matrix_shape(model: nn.Module, name: str) -> tuple[int, int]:
+    layer = model.get_submodule(name)
+    if not is_layer(layer):
+        raise SpecError(f"{name} is a {type(layer).__name__}, not a layer")
+    return layer.weight.shape[0], layer.weight[0].numel()
+
+
+def make_plan(model: nn.Module, anatomy: Anatomy, method: Method, run: Any, batches: Any) -> dict[str, Any]:
+    """Layers with their formats and exact stored bytes, totals, and estimates of memory and time.
+
+    The sizes are exact; the time scales one measured forward pass and one measured matrix product.
+    """
+    check_formats(model, anatomy, method)
+    rows = [_plan_layer(model, name, method) for name in anatomy.layers]
+    kept = sum(p.numel() * p.element_size() for p in model.parameters())
+    kept -= sum(model.get_submodule(row["name"]).weight.nbytes for row in rows)  # type: ignore[union-attr]
+    gram = max((3 * 8 * (row["shape"][1] + 1) ** 2 for row in rows if row["gram"]), default=0)
+    start = perf_counter()
+    with torch.no_grad():
+        run(batches[0])
+    forward = (perf_counter() - start) * len(batches)
+    return {
+        "schema": 1,
+        "kind": "plan",
+        "method": method.name,
+        "units": len(anatomy.units),
+        "layers": rows,
+        "kept": dict(anatomy.kept),
+        "size_bytes": kept + sum(row["nbytes"] for row in rows),
+        "original_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "gram_bytes": gram,
+        "estimated_time_s": _PASSES * forward + _solve_seconds(rows),
+    }
+
+
+def _plan_layer(model: nn.Module, name: str, method: Method) -> dict[str, Any]:
+    shape, spec, layer = _matrix_shape(model, name), method.weight_spec(name), model.get_submodule(name)
+    sizes = [torch.Size(size).numel() * dtype.itemsize for size, dtype in layout(spec, shape).values()]
+    gram = is_layer(layer) and has_gram(layer)
+    return {"name": name, "shape": list(shape), "weights": str(spec), "nbytes": sum(sizes), "gram": gram}
+
+
+def _solve_seconds(rows: list[dict[str, Any]]) -> float:
+    """Cubic work of all layers at the measured rate of a float64 product; about three factorizations a layer."""
+    probe = torch.ones(512, 512, dtype=torch.float64)
+    start = perf_counter()
+    for _ in range(4):
+        probe @ probe
+    rate = 4 * 2 * 512**3 / max(perf_counter() - start, 1e-6)
+    work = sum(row["shape"][1] ** 3 + 2 * row["shape"][0] * row["shape"][1] ** 2 for row in rows if row["gram"])
+    return float(3 * work / rate)

@@ -1,0 +1,41 @@
+"""What a result was made from: versions, hashes, seed, device."""
+
+import hashlib
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from dither.data.calibration import Calibration
+from dither.errors import NonFiniteError
+
+
+def model_sha256(model: nn.Module) -> str:
+    """A hash over names, types and bytes of all tensors of a model.
+
+    Raises:
+        NonFiniteError: a parameter holds NaN or Inf; the message names it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"{name} holds NaN or Inf; repair or re-download the model")
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def provenance(sha256: str, calibration: Calibration, seed: int, device: torch.device) -> dict[str, Any]:
+    """Everything that decides a result besides the recipe."""
+    return {
+        "dither": version("dither"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "device": device.type,
+        "seed": seed,
+        "model_sha256": sha256,
+        "calibration": {"sha256": calibration.sha256, "count": calibration.count, "source": calibration.source},
+    }

@@ -1,0 +1,91 @@
+"""Recipes: a method and its fields as YAML, read strictly and written fully resolved."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dither.errors import InputError, PathError, nearest
+from dither.methods import Method, method_class
+
+SCHEMA = 1
+
+
+def build_method(name: str, fields: Mapping[str, Any]) -> Method:
+    """A method from its name and fields, texts allowed.
+
+    Raises:
+        InputError: unknown method or field (the nearest is named), or a value out of range.
+    """
+    kind = method_class(name)
+    unknown = [key for key in fields if key not in kind.model_fields]
+    if unknown:
+        known = ", ".join(kind.model_fields)
+        near = nearest(unknown[0], kind.model_fields)
+        raise InputError(f"method {name!r} has no field {unknown[0]!r}{near} (fields: {known})")
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(str(part) for part in detail["loc"])
+        message = detail["msg"].removeprefix("Value error, ")
+        raise InputError(f"method {name!r}, {where}: {message}; got {detail['input']!r}") from None
+
+
+def parse_method(text: str, fields: Mapping[str, Any]) -> Method:
+    """A method from a text such as `gptq` or `gptq+reparameterize=true`; what the text says wins over `fields`."""
+    name, *settings = text.strip().split("+")
+    return build_method(name, {**fields, **dict(read_setting(setting) for setting in settings)})
+
+
+def read_setting(text: str) -> tuple[str, Any]:
+    """`field=value` with the value read as YAML, so that numbers, booleans, lists and `none` come out typed."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"expected FIELD=VALUE, got {text!r}")
+    parsed = yaml.safe_load(value)
+    return key.strip(), "none" if parsed is None else parsed
+
+
+def resolved(method: Method) -> dict[str, Any]:
+    """Every field of a method as plain data, with its name and the schema: enough to run it again."""
+    return {"schema": SCHEMA, "method": method.name, **method.model_dump(mode="json")}
+
+
+def to_yaml(method: Method) -> str:
+    """The resolved recipe as text."""
+    return yaml.safe_dump(resolved(method), sort_keys=False)
+
+
+def from_data(data: Any, where: str) -> Method:
+    """A method from recipe data.
+
+    Raises:
+        InputError: not a recipe of this schema, or `build_method`'s.
+    """
+    if not isinstance(data, Mapping) or "method" not in data:
+        raise InputError(f"{where} is not a recipe: expected a mapping with schema and method")
+    if data.get("schema") != SCHEMA:
+        raise InputError(f"{where}: expected recipe schema {SCHEMA}, got {data.get('schema')}")
+    fields = {key: value for key, value in data.items() if key not in ("schema", "method")}
+    none = {key: "none" if value is None else value for key, value in fields.items()}
+    return build_method(str(data["method"]), none)
+
+
+def read_recipe(path: str | Path) -> Method:
+    """A method from a YAML file.
+
+    Raises:
+        PathError: no such file.
+        InputError: not YAML, or `from_data`'s.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise PathError(f"recipe {str(path)!r} does not exist")
+    try:
+        data = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {str(path)!r} is not YAML: {error}") from None
+    return from_data(data, f"recipe {str(path)!r}")
