@@ -1,7 +1,8 @@
 """Fake quantization of activations: which parameters a format needs, how they are fitted, how they are applied.
 
-Activations are [..., d]; a format is per tensor, per channel (the last axis) or per token (one scale a row, measured per
-call). `Scales` are the fitted parameters: scale and zero-point (uniform), scale (logarithmic), or the three numbers of a twin.
+Activations are [..., d]; a format is per tensor, per channel (the last axis) or per token (one scale a row, measured
+per call). `Scales` are the fitted parameters: scale and zero-point (uniform), scale (logarithmic), or the three numbers
+of a twin.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from dither.errors import SpecError
 from dither.formats.grid import decode, encode, highest_code, lowest_code
 from dither.formats.logarithmic import decode_log, encode_log
-from dither.formats.ranges import affine, search_range
+from dither.formats.ranges import affine, quantiles, search_range
 from dither.formats.spec import QuantSpec
 from dither.formats.twin import decode_twin, encode_twin
 
@@ -94,9 +95,8 @@ def _fit_log(sample: Float[Tensor, "n d"], spec: QuantSpec) -> Float[Tensor, ""]
         raise SpecError(f"logarithmic format {spec} has one scale a tensor; write {spec.kind}-{spec.bits}:tensor")
     if float(sample.min()) < 0:
         raise SpecError(f"logarithmic format {spec} holds values from 0 up, got a minimum of {float(sample.min()):.4g}")
-    ordered = sample.reshape(-1).sort().values
     shares = spec.percentiles if spec.search == "percentile" else (1.0,)
-    tops = [ordered[min(len(ordered) - 1, round(p * (len(ordered) - 1)))].clamp_min(1e-12) for p in shares]
+    tops = [top[0].clamp_min(1e-12) for top in quantiles(sample.reshape(1, -1), shares)]
     errors = [decode_log(encode_log(sample, top, spec), top, spec).sub_(sample).square_().mean() for top in tops]
     return tops[int(torch.stack(errors).argmin())]
 

@@ -28,12 +28,12 @@ def pack(codes: UInt8[Tensor, "r n"], bits: int) -> UInt8[Tensor, "r bytes"]:
     _check_bits(bits)
     if codes.numel() and int(codes.max()) >> bits:
         raise ShapeError(f"packing to {bits} bits: codes must be below {2**bits}, got {int(codes.max())}")
-    rows, count = codes.shape
+    count = codes.shape[1]
     octets = functional.pad(codes, (0, -count % _OCTET)).unflatten(1, (-(-count // _OCTET), _OCTET))
     words = torch.zeros(octets.shape[:2], dtype=torch.long, device=codes.device)
     for place in range(_OCTET):
         words |= octets[:, :, place].long() << place * bits
-    stream = torch.stack([(words >> 8 * byte) & 255 for byte in range(bits)], dim=2).to(torch.uint8)
+    stream = torch.stack([(words >> 8 * byte & 255).to(torch.uint8) for byte in range(bits)], dim=2)
     return stream.flatten(1)[:, : packed_width(count, bits)].contiguous()
 
 
@@ -53,8 +53,9 @@ def unpack(packed: UInt8[Tensor, "r bytes"], bits: int, count: int) -> UInt8[Ten
     words = torch.zeros(stream.shape[:2], dtype=torch.long, device=packed.device)
     for byte in range(bits):
         words |= stream[:, :, byte].long() << 8 * byte
-    octets = torch.stack([(words >> place * bits) & (2**bits - 1) for place in range(_OCTET)], dim=2)
-    return octets.to(torch.uint8).flatten(1)[:, :count].contiguous()
+    mask = 2**bits - 1
+    octets = torch.stack([(words >> place * bits & mask).to(torch.uint8) for place in range(_OCTET)], dim=2)
+    return octets.flatten(1)[:, :count].contiguous()
 
 
 def _check_bits(bits: int) -> None:

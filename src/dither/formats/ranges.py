@@ -3,6 +3,8 @@
 Every function works on cells [n, m]: n independent sets of m values that share one scale.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -94,8 +96,8 @@ def search_range(cells: Float[Tensor, "n m"], spec: QuantSpec, stored: bool = Tr
     if spec.search == "minmax":
         return low, high
     if spec.search == "percentile":
-        ordered = cells.sort(dim=1).values
-        candidates = [(_quantile(ordered, 1 - p), _quantile(ordered, p)) for p in spec.percentiles]
+        lows, highs = quantiles(cells, [1 - p for p in spec.percentiles]), quantiles(cells, spec.percentiles)
+        candidates = list(zip(lows, highs, strict=True))
         return _least_error(cells, candidates, spec, 2.0, stored)
     shrinks = [1 - step * (1 - _SHRINK_TO) / _SHRINK_STEPS for step in range(_SHRINK_STEPS)]
     return _least_error(cells, [(low * p, high * p) for p in shrinks], spec, _SHRINK_NORM, stored)
@@ -115,9 +117,18 @@ def _least_error(
     return best_low, best_high
 
 
-def _quantile(ordered: Float[Tensor, "n m"], p: float) -> Float[Tensor, " n"]:
-    """Linear interpolation between order statistics; torch.quantile refuses more than 16 M values."""
-    place = p * (ordered.shape[1] - 1)
-    below = min(int(place), ordered.shape[1] - 1)
-    above = min(below + 1, ordered.shape[1] - 1)
-    return torch.lerp(ordered[:, below], ordered[:, above], place - below)
+def quantiles(cells: Float[Tensor, "n m"], shares: Sequence[float]) -> list[Float[Tensor, " n"]]:
+    """Quantiles of each cell, interpolated linearly; all shares on one side of the median.
+
+    torch.quantile refuses more than 16 M values and sorts them all; here only the tail that is asked for is ordered.
+    """
+    last, upper = cells.shape[1] - 1, min(shares) >= 0.5
+    places = [p * last for p in shares]
+    depth = 2 + int(max(last - place for place in places) if upper else max(places))
+    tail = cells.topk(min(depth, last + 1), dim=1, largest=upper).values
+    found = []
+    for place in places:
+        ends = (min(int(place), last), min(int(place) + 1, last))
+        below, above = (tail[:, last - end if upper else end] for end in ends)
+        found.append(torch.lerp(below, above, place - int(place)))
+    return found

@@ -9,7 +9,7 @@ Grammar: KIND[:TOKEN]…, for example `int4`, `int3:g128`, `int4:g128:asym`, `in
               zeroin | tight                                        range forced through 0, or the true extremes
               intzero | clampzero | realzero                        zero-point: integer, integer within the codes, real
               minmax | percentile | mse                             how the range is searched
-              full | narrow                                         symmetric codes use all levels, or all but the lowest
+              full | narrow                                         symmetric codes use all levels, or not the lowest
               single | dual                                         one grid a row, or two (outlier columns apart: ERQ)
               anyscale | pow2                                       scales are free, or powers of two
               static | dynamic                                      activation ranges are calibrated, or of each call

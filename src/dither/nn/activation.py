@@ -2,13 +2,14 @@
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from dither.formats.activation import Scales, fake_quantize
 from dither.formats.spec import QuantSpec
+from dither.nn.buffers import FixedBuffers
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(FixedBuffers):
     """Puts its input [..., d] on the grid of a format; a dynamic format measures its range at every call."""
 
     scale: Tensor

@@ -1,13 +1,14 @@
 """Quantized operands of attention: query, key, probabilities and value.
 
-Attention multiplies activations by activations inside a function call, so there is no layer to replace. While the module
-that owns the attention runs, its calls of `scaled_dot_product_attention`, `softmax` and batched `matmul` are seen by a
-torch function mode that hands each operand to a handler. This needs no knowledge of the architecture.
+Attention multiplies activations by activations inside a function call, so there is no layer to replace. While the
+module that owns the attention runs, its calls of `scaled_dot_product_attention`, `softmax` and batched `matmul` are
+seen by a torch function mode that hands each operand to a handler. This needs no knowledge of the architecture.
+Not seen: products by `einsum` or `baddbmm`, and `torch.nn.MultiheadAttention`, which torch computes in one call.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import torch
@@ -42,10 +43,15 @@ class OperandMode(TorchFunctionMode):
         if func in _SOFTMAX:
             self._after_softmax = True
         elif func in _MATMUL and _is_product_of_activations(args):
-            left, right = ("probabilities", "value") if self._after_softmax else ("query", "key")
-            args = (self.handler(left, args[0]), self.handler(right, args[1]), *args[2:])
+            args = (*self._operands(*args[:2]), *args[2:])
             self._after_softmax = False
         return func(*args, **kwargs)
+
+    def _operands(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        if self._after_softmax:
+            return self.handler("probabilities", left), self.handler("value", right)
+        # the key arrives transposed; handlers see its channels on the last axis, as in the fused call
+        return self.handler("query", left), self.handler("key", right.transpose(-2, -1)).transpose(-2, -1)
 
 
 def _is_product_of_activations(args: tuple[Any, ...]) -> bool:
@@ -69,27 +75,30 @@ def attend(
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, dim=-3), value.repeat_interleave(repeats, dim=-3)
-    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(wide) @ key.to(wide).transpose(-2, -1)
+    scores = scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if is_causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~allowed, -torch.inf)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    masked = scores.amax(dim=-1, keepdim=True) == -torch.inf  # a row without any key gives zeros, as torch does
+    probabilities = torch.softmax(scores, dim=-1).masked_fill(masked, 0.0).to(query.dtype)
     return handler("probabilities", probabilities) @ value
 
 
 @contextmanager
 def operands_seen(owner: nn.Module, handler: Handler) -> Iterator[None]:
     """While open, `handler` sees (and may replace) the operands of the attention that `owner` computes."""
-    modes: list[OperandMode] = []
+    modes: list[ExitStack] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        modes.append(OperandMode(handler))
-        modes[-1].__enter__()
+        modes.append(_entered(handler))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        modes.pop().__exit__(None, None, None)
+        if modes:  # empty where an earlier hook failed before `enter`
+            modes.pop().close()
 
     handles = [owner.register_forward_pre_hook(enter), owner.register_forward_hook(leave, always_call=True)]
     try:
@@ -99,6 +108,12 @@ def operands_seen(owner: nn.Module, handler: Handler) -> Iterator[None]:
             handle.remove()
 
 
+def _entered(handler: Handler) -> ExitStack:
+    stack = ExitStack()
+    stack.enter_context(OperandMode(handler))
+    return stack
+
+
 class AttentionOperands(nn.Module):
     """The operand quantizers of one attention module, as its child `attention_operands`."""
 
@@ -106,7 +121,7 @@ class AttentionOperands(nn.Module):
         super().__init__()
         for name, quantizer in quantizers.items():
             self.add_module(name, quantizer)
-        self._active: list[OperandMode] = []
+        self._active: list[ExitStack] = []
 
     def quantize(self, name: str, x: Tensor) -> Tensor:
         """The operand on its grid, or as it is where no quantizer was set."""
@@ -115,21 +130,21 @@ class AttentionOperands(nn.Module):
 
     def enter(self) -> None:
         """Start to see attention calls."""
-        mode = OperandMode(self.quantize)
-        self._active.append(mode)
-        mode.__enter__()
+        self._active.append(_entered(self.quantize))
 
     def leave(self) -> None:
         """Stop; a call that was under way when the quantizers were attached never started."""
         if self._active:
-            self._active.pop().__exit__(None, None, None)
+            self._active.pop().close()
 
 
 def quantize_attention(owner: nn.Module, operands: AttentionOperands) -> None:
-    """Let `owner` compute its attention with quantized operands from now on."""
+    """Let `owner` compute its attention with quantized operands from now on; a second call replaces the first one's."""
+    hooked = CHILD in owner._modules
     owner.add_module(CHILD, operands)
-    owner.register_forward_pre_hook(_enter)
-    owner.register_forward_hook(_leave, always_call=True)
+    if not hooked:
+        owner.register_forward_pre_hook(_enter)
+        owner.register_forward_hook(_leave, always_call=True)
 
 
 # free functions that find their state in the module they are called with, so that a deep copy has its own

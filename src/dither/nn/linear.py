@@ -1,19 +1,24 @@
 """Layers that hold their weight as packed codes."""
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dither.errors import SpecError
 from dither.formats.qtensor import QTensor, layout
 from dither.formats.spec import QuantSpec
 from dither.nn.activation import ActivationQuantizer
+from dither.nn.buffers import FixedBuffers
 
 
-class PackedWeight(nn.Module):
+class PackedWeight(FixedBuffers):
     """A weight [o, i] as buffers of packed codes, scales and zero-points.
 
-    With `cached` set, the dequantized weight is kept after its first use: faster, at the price of a dense copy in memory.
+    With `cached` set, the dequantized weight is kept after its first use: faster, for a dense copy in memory.
     """
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int]) -> None:
@@ -44,14 +49,13 @@ class PackedWeight(nn.Module):
         self._dense = dense if self.cached else None
         return dense
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        # moves between devices; scales keep their stored dtype, which .half() or .float() would change
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._dense = None
-        kept = {name: buffer.dtype for name, buffer in self.named_buffers()}
-        super()._apply(fn, recurse)
-        for name, buffer in list(self.named_buffers()):
-            self.register_buffer(name, buffer.to(kept[name]))
-        return self
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._dense = None
+        super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, shape={tuple(self.shape)}"
@@ -71,7 +75,13 @@ class _Packed(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight matrix; models look at its dtype and device."""
-        return self.packed(self.dtype)
+        dense: Tensor = self.packed(self.dtype)
+        return dense
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """x as the layer sees it."""
@@ -98,6 +108,12 @@ class QuantizedConv2d(_Packed):
         dtype: torch.dtype,
         geometry: "ConvGeometry",
     ) -> None:
+        """`input_quantizer` reads [b, c, h, w], whose last axis is no channel: one scale a tensor."""
+        if input_quantizer is not None and input_quantizer.spec.granularity != "tensor":
+            raise SpecError(
+                f"the input of a convolution has one scale a tensor, got {input_quantizer.spec}; write "
+                f"int{input_quantizer.spec.bits}:tensor, and :dynamic after it for a range of each call"
+            )
         super().__init__(packed, bias, input_quantizer, dtype)
         self.geometry = geometry
 

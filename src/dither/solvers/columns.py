@@ -15,7 +15,7 @@ from torch import Tensor
 from dither.formats.grid import Grid, decode, encode
 from dither.solvers.cholesky import factorize, inverse_upper
 
-BLOCK = 128  # released code
+BLOCK = 64  # released code: 128; measured: on a CPU 64 is faster, the result is the same
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,18 @@ def _without_dead(gram: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
 def _sweep(
     weight: Float[Tensor, "o k"], upper: Float[Tensor, "k k"], grid: Grid, columns: Int[Tensor, " n"]
 ) -> Float[Tensor, "o k"]:
-    weight, count = weight.clone(), len(columns)
-    scale, zero_point = (part.to(weight).expand(weight.shape[0], count) for part in grid.cells(columns))
+    rows, count = weight.shape[0], len(columns)
+    weight = weight.T.contiguous()  # a column of the weight is then a contiguous row
+    scale, zero_point = (part.to(weight).expand(rows, count).T.contiguous() for part in grid.cells(columns))
     for start in range(0, count, BLOCK):
         stop = min(start + BLOCK, count)
-        block, corner = weight[:, start:stop].clone(), upper[start:stop, start:stop]
-        errors = torch.zeros_like(block)
+        block, corner = weight[start:stop], upper[start:stop, start:stop]
+        errors, diagonal = torch.empty_like(block), corner.diagonal().tolist()
         for k in range(stop - start):
-            cell = scale[:, start + k], zero_point[:, start + k]
-            value = decode(encode(block[:, k], *cell, grid.spec), *cell)
-            errors[:, k] = (block[:, k] - value) / corner[k, k]
-            block[:, k + 1 :] -= errors[:, k, None] * corner[k, k + 1 :]
-            block[:, k] = value
-        weight[:, start:stop] = block
-        weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return weight
+            cell = scale[start + k], zero_point[start + k]
+            value = decode(encode(block[k], *cell, grid.spec), *cell)
+            error = torch.sub(block[k], value, out=errors[k]).div_(diagonal[k])
+            block[k + 1 :].addr_(corner[k, k + 1 :], error, alpha=-1)
+            block[k] = value
+        weight[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return weight.T

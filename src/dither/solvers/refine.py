@@ -23,24 +23,22 @@ def refine_codes(
     `error` is d, the value of the codes minus their target; codes stay within `bounds`. Rows are independent, and the
     proxy falls with every move, so the result is never worse than what was given.
     """
-    codes, error, (low, high) = codes.clone(), error.clone(), bounds
-    gradient = 2 * error @ proxy
-    curvature = scale.square() * proxy.diagonal()
-    rows = torch.arange(codes.shape[0], device=codes.device)
-    # a strict decrease beyond rounding noise, else two equal codes could be exchanged for ever
-    noise = -4096 * torch.finfo(proxy.dtype).eps
+    codes, (low, high) = codes.clone(), bounds
+    gradient, curvature = 2 * error @ proxy, scale.square() * proxy.diagonal()
+    rows = torch.arange(codes.shape[0], device=codes.device)  # rows that may still move
+    # a move must gain more than rounding noise, else two equal codes could be exchanged for ever
+    noise = -1e-12 * curvature.amax(dim=1)
     for _ in range(steps):
-        slope = scale * gradient
-        up = torch.where(codes < high, curvature + slope, torch.inf)
-        down = torch.where(codes > low, curvature - slope, torch.inf)
+        now, slope = codes[rows], scale[rows] * gradient
+        up = (curvature[rows] + slope).masked_fill_(now >= high[rows], torch.inf)
+        down = (curvature[rows] - slope).masked_fill_(now <= low[rows], torch.inf)
         change, column = torch.minimum(up, down).min(dim=1)
-        moving = change < noise * curvature[rows, column]
-        if not bool(moving.any()):
+        moving = (change < noise[rows]).nonzero()[:, 0]
+        if not len(moving):
             break
-        at, where = rows[moving], column[moving]
-        direction = torch.where(up[at, where] < down[at, where], 1.0, -1.0).to(codes)
-        codes[at, where] += direction
-        delta = direction * scale[at, where]
-        error[at, where] += delta
-        gradient[at] += 2 * delta[:, None] * proxy[where]
+        rows, column = rows[moving], column[moving]
+        direction = torch.where(up[moving, column] < down[moving, column], 1.0, -1.0).to(codes)
+        codes[rows, column] += direction
+        delta = direction * scale[rows, column]
+        gradient = gradient[moving] + 2 * delta[:, None] * proxy[column]
     return codes

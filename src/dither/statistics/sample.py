@@ -1,8 +1,8 @@
 """A bounded sample of rows, from which percentiles and range searches are taken.
 
 While the rows fit, the sample is all of them. Beyond that the rows with the smallest hash of their own contents stay.
-Which those are depends neither on their order nor on how they were split, so merging is exact and nothing is random; equal
-rows stay or go together.
+Which those are depends neither on their order nor on how they were split, so merging is exact and nothing is random;
+equal rows stay or go together.
 """
 
 from dataclasses import dataclass
