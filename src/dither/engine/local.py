@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import multiprocessing
@@ -39,7 +39,7 @@ class ProcessPool:
         """function(task) for each task, in order; all run at once as far as there are workers."""
         return self._pool.map(function, tasks)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ProcessPool":
         return self
 
     def __exit__(

@@ -21,7 +21,7 @@ these fields: GPTQ `zeroin:intzero`, AWQ `tight:clampzero`, SpQR and HQQ `tight:
 
 import re
 from functools import partial
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
@@ -74,7 +74,7 @@ class QuantSpec(BaseModel):
     include_zero: bool = True
     zero_point: Literal["integer", "clamped", "real"] = "integer"
     search: Literal["minmax", "percentile", "mse"] = "minmax"
-    percentiles: tuple[Annotated[float, Field(gt=0.5, le=1)], ...] = ACTIVATION_PERCENTILES
+    percentiles: tuple[Annotated[float, Field(gt=0.5, le=1)], ...] = Field(default=ACTIVATION_PERCENTILES, min_length=1)
     narrow: bool = False
     dual: bool = False
     power_of_two: bool = False
@@ -82,7 +82,7 @@ class QuantSpec(BaseModel):
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "QuantSpec":
         if (self.granularity == "group") != (self.group_size is not None):
             raise SpecError(f"{self}: a group size goes with group granularity, as in int4:g128")
         if self.granularity == "token" and not self.dynamic:

@@ -1,7 +1,6 @@
 """Modules whose buffers are part of a stored format."""
 
 from collections.abc import Callable
-from typing import Self
 
 from torch import Tensor, nn
 
@@ -12,7 +11,7 @@ class FixedBuffers(nn.Module):
     A float32 scale that goes through float16 comes back changed, or as zero.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FixedBuffers":
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():

@@ -1,7 +1,7 @@
 """Layers that hold their weight as packed codes."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -49,9 +49,10 @@ class PackedWeight(FixedBuffers):
         self._dense = dense if self.cached else None
         return dense
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
         self._dense = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._dense = None
@@ -78,7 +79,7 @@ class _Packed(nn.Module):
         dense: Tensor = self.packed(self.dtype)
         return dense
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Packed":
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

@@ -1,6 +1,6 @@
 """The contract of every statistic, and the check that its input is finite."""
 
-from typing import Protocol, Self
+from typing import Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -8,11 +8,13 @@ from torch import Tensor
 
 from dither.errors import NonFiniteError
 
+S = TypeVar("S")
+
 
 class Statistic(Protocol):
     """An accumulator; `merge` is associative, so one pass, several processes and several machines agree."""
 
-    def merge(self, other: Self) -> Self:
+    def merge(self: S, other: S) -> S:
         """A new statistic over both inputs."""
         ...
 

@@ -1,7 +1,6 @@
 """Minimum and maximum of each channel."""
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -23,6 +22,6 @@ class MinMax:
         rows = as_rows(x)
         return cls(rows.amin(dim=0), rows.amax(dim=0))
 
-    def merge(self, other: Self) -> "MinMax":
+    def merge(self, other: "MinMax") -> "MinMax":
         """Extremes over both."""
         return MinMax(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))

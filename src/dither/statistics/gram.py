@@ -1,7 +1,6 @@
 """Gram matrices of a layer's inputs: all that ridge regression, GPTQ and rounding refinement know of the data."""
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -40,7 +39,7 @@ class Gram:
         true = _with_ones(as_rows(original).to(dtype), ones)
         return cls(gram, seen.T @ true, true.T @ true, seen.shape[0])
 
-    def merge(self, other: Self) -> "Gram":
+    def merge(self, other: "Gram") -> "Gram":
         """Sums over both."""
         if self.quantized.shape != other.quantized.shape:
             raise ShapeError(f"merging Grams of {self.quantized.shape[0]} and {other.quantized.shape[0]} columns")

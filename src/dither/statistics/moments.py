@@ -1,7 +1,6 @@
 """First and second moment of each channel, as plain sums."""
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -24,7 +23,7 @@ class Moments:
         rows = as_rows(x).double()
         return cls(rows.sum(dim=0), rows.square().sum(dim=0), rows.shape[0])
 
-    def merge(self, other: Self) -> "Moments":
+    def merge(self, other: "Moments") -> "Moments":
         """Sums over both."""
         return Moments(self.total + other.total, self.square + other.square, self.rows + other.rows)
 

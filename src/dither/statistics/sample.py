@@ -6,7 +6,6 @@ equal rows stay or go together.
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int
@@ -35,7 +34,7 @@ class RowSample:
         capacity = max(256, values // rows.shape[1])
         return cls(_smallest_hashes(rows, capacity), MinMax.of(rows), capacity)
 
-    def merge(self, other: Self) -> "RowSample":
+    def merge(self, other: "RowSample") -> "RowSample":
         """The sample of both, as large as the smaller capacity allows."""
         if self.rows.shape[1] != other.rows.shape[1]:
             raise ShapeError(f"merging samples of {self.rows.shape[1]} and {other.rows.shape[1]} columns")
