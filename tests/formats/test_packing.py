@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dither.errors import ShapeError
@@ -15,6 +15,7 @@ def stream(row: list[int], bits: int) -> list[int]:
     return list(number.to_bytes(-(-len(row) * bits // 8), "little"))
 
 
+@settings(deadline=None)
 @given(bits=st.integers(1, 8), rows=st.integers(1, 4), count=st.integers(1, 67), seed=st.integers(0, 2**16))
 def test_codes_come_back_and_their_bytes_are_the_long_integer_of_the_row(
     bits: int, rows: int, count: int, seed: int

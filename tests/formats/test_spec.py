@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
@@ -35,12 +35,14 @@ def specs(draw: st.DrawFn) -> QuantSpec:
     )
 
 
+@settings(deadline=None)
 @given(specs())
 def test_a_spec_reads_back_from_its_own_text(spec: QuantSpec) -> None:
     assert QuantSpec.parse(str(spec)) == spec
     assert str(QuantSpec.parse(str(spec))) == str(spec)
 
 
+@settings(deadline=None)
 @given(specs(), st.sampled_from(["float16", "bfloat16", "float32"]), st.sampled_from([(0.9,), WEIGHT_PERCENTILES]))
 def test_a_spec_reads_back_from_its_plain_data(spec: QuantSpec, dtype: str, percentiles: tuple[float, ...]) -> None:
     spec = spec.model_copy(update={"scale_dtype": dtype, "percentiles": percentiles})

@@ -84,7 +84,9 @@ def _open(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec) 
     empty = high - low <= 0  # all zero, or only negative under an unsigned grid
     if spec.symmetry == "unsigned":
         return low, torch.where(empty, torch.ones_like(high), high)
-    return torch.where(empty, -torch.ones_like(low), low), torch.where(empty, torch.ones_like(high), high)
+    # zeros must stay zeros: between -1 and 1 a real zero-point would fall between two codes
+    floor = torch.full_like(low, 0.0 if spec.zero_point == "real" else -1.0)
+    return torch.where(empty, floor, low), torch.where(empty, torch.ones_like(high), high)
 
 
 def search_range(cells: Float[Tensor, "n m"], spec: QuantSpec, stored: bool = True) -> Bounds:
