@@ -158,25 +158,44 @@ def measure(
 
     `specs` gives the input format of each layer to measure, None where the input stays in full precision. Returns what to solve and every layer's quantizer; layers whose outputs read different inputs have no Gram.
     """
-    names, quantizers = list(specs), {name: fitted[name] for name in specs if name in fitted}
-    seen = "quantized" if inputs == "both" else inputs
-    samples = block.observe(dict.fromkeys(names, _sample), seen) if names else {}
+    quantizers = {name: fitted[name] for name in specs if name in fitted}
+    first = _first_reader(block, specs)
+    readers = list(dict.fromkeys(first.values()))
+    samples = block.observe(dict.fromkeys(readers, _sample), "quantized" if inputs == "both" else inputs)
     for name, spec in specs.items():
+        sample = samples[first[name]]
+        block.ranges[name] = float(sample.extremes.low.amin()), float(sample.extremes.high.amax())
         if spec is not None and name not in quantizers:
-            quantizers[name] = _fit(samples[name].rows, spec)
-    for name in names:
-        low, high = samples[name].extremes.low.amin(), samples[name].extremes.high.amax()
-        block.ranges[name] = (float(low), float(high))
-    with_gram = [name for name in names if grams and has_gram(block.layer(name))]
+            twin = quantizers.get(first[name])
+            quantizers[name] = _fit(sample.rows, spec) if twin is None else _copy(twin)
     observers = {
         name: partial(_gram, quantizer=quantizers.get(name), ones=block.layer(name).bias is not None)
-        for name in with_gram
+        for name in readers
+        if grams and has_gram(block.layer(name))
     }
     found = block.observe(observers, inputs) if observers else {}
     tasks = [
-        LayerTask(name, block.weight(name), _bias(block.layer(name)), found.get(name), name in fitted) for name in names
+        LayerTask(name, block.weight(name), _bias(block.layer(name)), found.get(first[name]), name in fitted)
+        for name in specs
     ]
     return tasks, quantizers
+
+
+def _first_reader(block: Block, specs: Mapping[str, QuantSpec | None]) -> dict[str, str]:
+    """For each layer the first that reads the same input in the same format, so that it is measured once."""
+    first = {name: name for name in specs}
+    for group in block.groups():
+        leaders: dict[tuple[bool, str], str] = {}
+        for name in (name for name in group if name in specs):
+            key = (block.layer(name).bias is not None, str(specs[name]))
+            first[name] = leaders.setdefault(key, name)
+    return first
+
+
+def _copy(quantizer: ActivationQuantizer) -> ActivationQuantizer:
+    """A quantizer of its own for another layer, as stored tensors must not be shared."""
+    twin = ActivationQuantizer(quantizer.spec)
+    return twin if quantizer.spec.dynamic else twin.set(quantizer.scales)
 
 
 def solve_and_store(

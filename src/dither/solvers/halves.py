@@ -44,7 +44,22 @@ def round_and_refine(
     bounds = grid.encode(target, columns, "floor"), grid.encode(target, columns, "ceil")
     scale = grid.cells(columns)[0].to(target).expand_as(target)
     error = grid.decode(codes, columns) - target
-    return grid.decode(refine_codes(codes, bounds, scale, error, proxy, steps), columns)
+    return grid.decode(_refine(codes, bounds, scale, error, proxy, steps), columns)
+
+
+def _refine(
+    codes: Float[Tensor, "o n"],
+    bounds: tuple[Float[Tensor, "o n"], Float[Tensor, "o n"]],
+    scale: Float[Tensor, "o n"],
+    error: Float[Tensor, "o n"],
+    proxy: Float[Tensor, "n n"],
+    steps: int,
+) -> Float[Tensor, "o n"]:
+    """`refine_codes` in float32: its passes over the matrix are bound by memory, and codes are small integers."""
+    unit = proxy.diagonal().mean().clamp_min(torch.finfo(proxy.dtype).tiny)  # the proxy's unit does not matter
+    single = (part.float() for part in (codes, *bounds, scale, error, proxy / unit))
+    codes32, low, high, scale32, error32, proxy32 = single
+    return refine_codes(codes32, (low, high), scale32, error32, proxy32, steps).to(codes)
 
 
 def refine_all(
@@ -71,7 +86,7 @@ def refine_all(
     codes, scale = grid.encode(weight[:, on]), grid.cells()[0].to(weight).expand(weight.shape[0], columns)
     limits = (torch.full_like(codes, lowest_code(grid.spec)), torch.full_like(codes, highest_code(grid.spec)))
     error = grid.decode(codes) - target[:, on]
-    weight[:, on] = grid.decode(refine_codes(codes, limits, scale, error, proxy, steps))
+    weight[:, on] = grid.decode(_refine(codes, limits, scale, error, proxy, steps))
     if share is not None:
         weight[:, free] = target[:, free] - (weight[:, on] - target[:, on]) @ share.T
     return weight

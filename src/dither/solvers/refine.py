@@ -10,6 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+CHECK = 8  # steps between looks at which rows still move
+
+
 def refine_codes(
     codes: Float[Tensor, "o n"],
     bounds: tuple[Float[Tensor, "o n"], Float[Tensor, "o n"]],
@@ -23,22 +26,41 @@ def refine_codes(
     `error` is d, the value of the codes minus their target; codes stay within `bounds`. Rows are independent, and the
     proxy falls with every move, so the result is never worse than what was given.
     """
-    codes, (low, high) = codes.clone(), bounds
-    gradient, curvature = 2 * error @ proxy, scale.square() * proxy.diagonal()
-    rows = torch.arange(codes.shape[0], device=codes.device)  # rows that may still move
+    result, curvature = codes.clone(), scale.square() * proxy.diagonal()
     # a move must gain more than rounding noise, else two equal codes could be exchanged for ever
-    noise = -1e-12 * curvature.amax(dim=1)
-    for _ in range(steps):
-        now, slope = codes[rows], scale[rows] * gradient
-        up = (curvature[rows] + slope).masked_fill_(now >= high[rows], torch.inf)
-        down = (curvature[rows] - slope).masked_fill_(now <= low[rows], torch.inf)
-        change, column = torch.minimum(up, down).min(dim=1)
-        moving = (change < noise[rows]).nonzero()[:, 0]
-        if not len(moving):
-            break
-        rows, column = rows[moving], column[moving]
-        direction = torch.where(up[moving, column] < down[moving, column], 1.0, -1.0).to(codes)
-        codes[rows, column] += direction
-        delta = direction * scale[rows, column]
-        gradient = gradient[moving] + 2 * delta[:, None] * proxy[column]
-    return codes
+    noise = -32 * torch.finfo(codes.dtype).eps * curvature.amax(dim=1, keepdim=True)
+    rows = torch.arange(codes.shape[0], device=codes.device)  # those that may still move
+    state = [codes.clone(), 2 * error @ proxy, *bounds, scale, curvature, noise]
+    for step in range(1, steps + 1):
+        moved = _move_(*state, proxy=proxy)
+        if step % CHECK == 0 or step == steps:  # rows at rest leave; asking at every step would stall a GPU
+            result[rows] = state[0]
+            moving = moved[:, 0].nonzero()[:, 0]
+            if not len(moving):
+                break
+            if 2 * len(moving) <= len(rows):
+                rows, state = rows[moving], [part[moving] for part in state]
+    return result
+
+
+def _move_(
+    codes: Float[Tensor, "r n"],
+    gradient: Float[Tensor, "r n"],
+    low: Float[Tensor, "r n"],
+    high: Float[Tensor, "r n"],
+    scale: Float[Tensor, "r n"],
+    curvature: Float[Tensor, "r n"],
+    noise: Float[Tensor, "r 1"],
+    proxy: Float[Tensor, "n n"],
+) -> Float[Tensor, "r 1"]:
+    """Each row's best move, written into codes and gradient; +1, -1, or 0 for a row at rest.
+
+    A step against the slope changes the proxy by curvature - |slope|, one along it always raises it.
+    """
+    slope = scale * gradient
+    blocked = torch.where(slope < 0, codes >= high, codes <= low)
+    change, column = slope.abs().neg_().add_(curvature).masked_fill_(blocked, torch.inf).min(dim=1, keepdim=True)
+    direction = torch.where(change < noise, -slope.gather(1, column).sign(), 0.0)
+    codes.scatter_add_(1, column, direction)
+    gradient.addcmul_(2 * direction * scale.gather(1, column), proxy[column[:, 0]])
+    return direction

@@ -1,0 +1,208 @@
+"""Every vision method on trained vision transformers, at several bits, over several calibration draws.
+
+    python benchmarks/vit_methods.py --models MODEL_FOLDER... --calibration train.npz --data test.npz [--device cuda]
+
+Calibration pictures are drawn from one file, accuracy is measured on the other; both may be folders or .npz files.
+Writes docs/results/vit_methods.json (every run) and .md (mean ± standard deviation over the draws).
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+from dither.data import open_images
+from dither.evaluation import evaluate_classifier, predict
+from dither.models.network import Network, open_network
+from dither.nn.linear import cache_weights
+from dither.pipeline import quantize
+from dither.recipe import parse_method
+
+METHODS = {
+    "rtn": "rtn",
+    "gptq": "gptq",
+    "repq": "repq",
+    "repq + gptq": "gptq+reparameterize=true",
+    "repq + aqer": "erq+dual=false+rounding=nearest+refine_steps=0",
+    "repq + refinement": "erq+dual=false+rounding=nearest+absorb=false",
+    "repq + ridge": "erq+dual=false+rounding=halves+absorb=false+refine_steps=0",
+    "erq v1": "erq+dual=false+rounding=halves",
+    "erq v2": "erq+dual=true+rounding=halves",
+    "erq columns": "erq+dual=false+rounding=columns",
+    "erq columns dual": "erq+dual=true+rounding=columns",
+}
+SETTINGS = ("int4/int4", "int3/int4", "int3/int3", "int2/int4")
+RULES = {"all": "", "linear inputs": "+attention=none+probabilities=none"}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--settings", nargs="+", default=SETTINGS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="labels, or LABEL=METHOD")
+    parser.add_argument("--rules", choices=RULES, default="all", help="which activations are quantized")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--count", type=int, default=None, help="evaluation pictures; all by default")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="one seed, 500 pictures, W3A4")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/vit_methods"))
+    given = parser.parse_args()
+    if given.quick:
+        given.seeds, given.count, given.settings = 1, 500, ("int3/int4",)
+    return given
+
+
+class Bench:
+    """One model in one process: pictures decoded once, reference logits computed once."""
+
+    def __init__(self, model: str, given: argparse.Namespace) -> None:
+        self.given, self.network = given, open_network(model, given.device)
+        pictures = open_images(given.data)
+        pictures = pictures if given.count is None else pictures.sample(given.count, seed=0)
+        self.pixels = torch.cat(list(pictures.pixel_batches(self.network.processor, 500)))
+        self.labels, self.calibration = pictures.labels, open_images(given.calibration)
+        self.reference = predict(self.network.model, self.pixels.split(250), given.device)
+
+    def run(self, label: str, setting: str, seed: int) -> dict[str, Any]:
+        weights, activations = setting.split("/")
+        text = dict(_labelled(self.given.methods))[label] + RULES[self.given.rules]
+        method = parse_method(text, {"weights": weights, "activations": activations})
+        start = time.perf_counter()
+        result = quantize(self.network.model, method, self.calibration, count=self.given.samples, seed=seed)
+        seconds = time.perf_counter() - start
+        found = self.evaluate(result.network)
+        totals, layers = result.report.data["totals"], result.report.data["layers"]
+        errors = [row["output_error"] for row in layers if row["output_error"] is not None]
+        return {
+            "model": self.network.name,
+            "method": label,
+            "setting": setting,
+            "seed": seed,
+            "bits_per_weight": totals["bits_per_weight"],
+            "size_bytes": totals["size_bytes"],
+            "time_s": seconds,
+            "mean_output_error": statistics.fmean(errors),
+            **found,
+        }
+
+    def evaluate(self, network: Network) -> dict[str, Any]:
+        cache_weights(network.model)
+        found = evaluate_classifier(
+            network.model,
+            self.pixels.split(250),
+            reference=self.reference,
+            class_ids=None if self.labels is None else [int(label) for label in self.labels],
+            device=self.given.device,
+        )
+        return found.to_json()
+
+
+def _labelled(texts: list[str]) -> Iterator[tuple[str, str]]:
+    for text in texts:
+        label, equals, method = text.partition("=")
+        yield (label, method) if equals else (text, METHODS[text])
+
+
+_bench: dict[str, Bench] = {}
+
+
+def _job(job: tuple[argparse.Namespace, str, str, str, int]) -> dict[str, Any]:
+    given, model, label, setting, seed = job
+    if given.device != "cpu" or given.workers > 1:
+        torch.set_num_threads(1)
+    if model not in _bench:
+        _bench[model] = Bench(model, given)
+    return _bench[model].run(label, setting, seed)
+
+
+def collect(given: argparse.Namespace) -> list[dict[str, Any]]:
+    labels = [label for label, _ in _labelled(given.methods)]
+    jobs = [
+        (given, model, label, setting, seed)
+        for model in given.models
+        for setting in given.settings
+        for seed in range(given.seeds)
+        for label in labels
+    ]
+    runs = []
+    with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
+        for run in pool.imap_unordered(_job, jobs):
+            runs.append(run)
+            print(
+                f"{len(runs)}/{len(jobs)} {run['model']} {run['setting']} {run['method']} {run['top1']:.4f}", flush=True
+            )
+    return sorted(runs, key=lambda r: (r["model"], r["setting"], labels.index(r["method"]), r["seed"]))
+
+
+def table(runs: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """Markdown: a table a model, methods down, settings across, top-1 in percent as mean ± standard deviation."""
+    lines = ["# Vision methods on trained vision transformers", "", *_describe(facts)]
+    settings = list(dict.fromkeys(run["setting"] for run in runs))
+    for model in dict.fromkeys(run["model"] for run in runs):
+        mine = [run for run in runs if run["model"] == model]
+        lines += ["", f"## {model}: full precision {100 * mine[0]['fp_top1']:.2f} %", ""]
+        lines += ["| method | " + " | ".join(_short(setting) for setting in settings) + " | bits at W3 | seconds |"]
+        lines += ["|---" * (len(settings) + 3) + "|"]
+        for method in dict.fromkeys(run["method"] for run in mine):
+            rows = [run for run in mine if run["method"] == method]
+            cells = [_spread([100 * run["top1"] for run in rows if run["setting"] == setting]) for setting in settings]
+            bits = [run["bits_per_weight"] for run in rows if run["setting"].startswith("int3")]
+            seconds = statistics.fmean(run["time_s"] for run in rows)
+            lines += [f"| {method} | " + " | ".join(cells) + f" | {bits[0]:.2f} | {seconds:.1f} |" if bits else ""]
+    return "\n".join(lines) + "\n"
+
+
+def _short(setting: str) -> str:
+    weights, activations = setting.split("/")
+    return f"W{weights.removeprefix('int')}A{activations.removeprefix('int')}"
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
+def _describe(facts: dict[str, Any]) -> list[str]:
+    return [
+        f"Top-1 in percent on {facts['count']} pictures, {facts['samples']} calibration pictures, mean ± standard "
+        f"deviation over {facts['seeds']} draws. Quantized activations: {facts['rules']}. Written by "
+        f"`benchmarks/vit_methods.py` on {facts['device']}, torch {facts['torch']}; seconds are per quantization, "
+        f"{facts['workers']} at a time.",
+    ]
+
+
+def main() -> None:
+    given = arguments()
+    runs = collect(given)
+    name = torch.cuda.get_device_name() if given.device.startswith("cuda") else platform.processor() or "a CPU"
+    facts = {
+        "count": runs[0]["count"],
+        "samples": given.samples,
+        "seeds": given.seeds,
+        "rules": given.rules,
+        "device": name,
+        "torch": torch.__version__,
+        "workers": given.workers,
+        "methods": dict(_labelled(given.methods)),
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "runs": runs}, indent=1) + "\n")
+    given.out.with_suffix(".md").write_text(table(runs, facts))
+    print(table(runs, facts))
+
+
+if __name__ == "__main__":
+    main()
