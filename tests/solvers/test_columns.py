@@ -1,0 +1,165 @@
+"""Column-by-column rounding against its definition: fix a column, solve the others again, go on."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dither.errors import NumericalError
+from dither.formats.fit import fit_grid
+from dither.formats.grid import Grid
+from dither.formats.spec import QuantSpec
+from dither.solvers import columns as module
+from dither.solvers.columns import column_order, round_by_columns
+
+TEXTS = ["int3:asym", "int2:g2:asym", "int4", "int3:dual", "int3:g2:ic", "int3:tensor:asym:tight:realzero"]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(rows: int, columns: int, ones: bool = False, seed: int = 0) -> Tensor:
+    x = drawn(rows, columns, seed=seed) @ (drawn(columns, columns, seed=seed + 1) + torch.eye(columns))
+    x = x + 0.3
+    return torch.cat([x, torch.ones(rows, 1, dtype=x.dtype)], dim=1) if ones else x
+
+
+def redone(weight: Tensor, hessian: Tensor, grid: Grid, order: list[int], columns: int) -> Tensor:
+    """After every rounding all open columns are solved again from the start, by the normal equations."""
+    current, fixed, H = weight.clone(), [], hessian
+    for column in order[:columns]:
+        index = torch.tensor([column])
+        current[:, index] = grid.round(current[:, index], index)
+        fixed.append(column)
+        left = [c for c in order if c not in fixed]
+        if left:
+            change = current[:, fixed] - weight[:, fixed]
+            solved = torch.linalg.solve(H[left][:, left], H[left][:, fixed] @ change.T)
+            current[:, left] = weight[:, left] - solved.T
+    return current
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    return gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    o=st.sampled_from([2, 4, 40]), pairs=st.integers(1, 5), ones=st.booleans(), text=st.sampled_from(TEXTS),
+    act_order=st.booleans(), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_the_result_is_that_of_solving_the_open_columns_again_after_every_rounding(
+    o: int, pairs: int, ones: bool, text: str, act_order: bool, seed: int
+) -> None:
+    i = 2 * pairs
+    x, weight = inputs(50, i, ones, seed), drawn(o, i + ones, seed=seed + 2)
+    gram, grid = x.T @ x, fit_grid(weight[:, :i], QuantSpec.parse(text))
+    found = round_by_columns(weight, gram, grid, i, 0.01, act_order)
+    order = sorted(range(i), key=lambda c: -float(gram[c, c])) if act_order else list(range(i))
+    order += range(i, i + ones)
+    expected = redone(weight, damped(gram, 0.01), grid, order, i)
+    torch.testing.assert_close(found.weight, expected, rtol=1e-8, atol=1e-8)
+    assert found.notes == {"damping": 0.01, "tries": 1.0}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_with_a_diagonal_gram_it_is_rounding_to_nearest(text: str) -> None:
+    weight, gram = drawn(4, 6), torch.diag(torch.arange(1.0, 7.0).double())
+    grid = fit_grid(weight, QuantSpec.parse(text))
+    for act_order in (True, False):
+        found = round_by_columns(weight, gram, grid, 6, 0.01, act_order).weight
+        torch.testing.assert_close(found, grid.round(weight), rtol=0, atol=1e-12)
+
+
+def test_every_rounded_column_is_on_the_grid_and_the_output_error_beats_nearest() -> None:
+    weight, x = drawn(16, 24), inputs(200, 24)
+    gram, grid = x.T @ x, fit_grid(weight, QuantSpec.parse("int3:asym"))
+    nearest = (x @ (grid.round(weight) - weight).T).square().sum()
+    for act_order in (True, False):
+        found = round_by_columns(weight, gram, grid, 24, 0.01, act_order).weight
+        torch.testing.assert_close(grid.round(found), found, rtol=0, atol=1e-12)
+        assert float((x @ (found - weight).T).square().sum()) < 0.6 * float(nearest)
+
+
+def test_the_width_of_the_lazy_block_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = drawn(5, 11), inputs(60, 10, ones=True)
+    grid = fit_grid(weight[:, :10], QuantSpec.parse("int3:asym"))
+    results = []
+    for block in (1, 3, 10, 64):
+        monkeypatch.setattr(module, "BLOCK", block)
+        results.append(round_by_columns(weight, x.T @ x, grid, 10, 0.01, act_order=True).weight)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-10, atol=1e-10)
+
+
+def test_act_order_of_permuted_columns_gives_the_permuted_result() -> None:
+    weight, x = drawn(5, 8), inputs(60, 8) * torch.arange(1, 9)
+    grid, spec = fit_grid(weight, QuantSpec.parse("int3:asym")), QuantSpec.parse("int3:asym")
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    plain = round_by_columns(weight, x.T @ x, grid, 8, 0.01, act_order=True).weight
+    moved = x[:, order]
+    permuted = round_by_columns(weight[:, order], moved.T @ moved, fit_grid(weight[:, order], spec), 8, 0.01, True)
+    torch.testing.assert_close(permuted.weight, plain[:, order], rtol=1e-8, atol=1e-8)
+
+
+def test_columns_are_ordered_by_falling_energy_with_free_columns_last() -> None:
+    gram = torch.diag(torch.tensor([1.0, 5.0, 0.0, 5.0, 2.0, 99.0]))
+    assert column_order(gram, 5, act_order=True).tolist() == [1, 3, 4, 0, 2, 5]
+    assert column_order(gram, 5, act_order=False).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 2 / 37, 1e6])
+def test_the_scale_of_the_gram_does_not_matter(scale: float) -> None:
+    weight, x = drawn(4, 6), inputs(60, 6)
+    grid = fit_grid(weight, QuantSpec.parse("int3:asym"))
+    found = round_by_columns(weight, scale * (x.T @ x), grid, 6, 0.01, act_order=True).weight
+    torch.testing.assert_close(
+        found, round_by_columns(weight, x.T @ x, grid, 6, 0.01, True).weight, rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_dead_columns_are_rounded_to_nearest_and_change_nothing_else(act_order: bool) -> None:
+    weight, x = drawn(4, 8), inputs(60, 8)
+    x[:, [2, 5]] = 0
+    gram, grid, live = x.T @ x, fit_grid(weight, QuantSpec.parse("int3:asym")), [0, 1, 3, 4, 6, 7]
+    found = round_by_columns(weight, gram, grid, 8, 0.01, act_order).weight
+    torch.testing.assert_close(found[:, [2, 5]], grid.round(weight)[:, [2, 5]], rtol=0, atol=1e-12)
+    other = weight.clone()
+    other[:, [2, 5]] = 7.0
+    torch.testing.assert_close(
+        round_by_columns(other, gram, grid, 8, 0.01, act_order).weight[:, live], found[:, live], rtol=0, atol=1e-12
+    )
+    assert bool(torch.isfinite(found).all())
+
+
+def test_a_layer_that_never_had_an_input_is_rounded_to_nearest() -> None:
+    for dtype in (torch.float32, torch.float64):
+        weight = drawn(3, 5).to(dtype)
+        grid = fit_grid(weight, QuantSpec.parse("int4"))
+        found = round_by_columns(weight, torch.zeros(5, 5, dtype=dtype), grid, 5, 0.01, act_order=True).weight
+        torch.testing.assert_close(found, grid.round(weight), rtol=0, atol=1e-6)
+
+
+def test_a_free_bias_column_absorbs_the_mean_error() -> None:
+    weight, x = drawn(6, 9), inputs(400, 8, ones=True) + torch.tensor([3.0] * 8 + [0.0])
+    gram, grid = x.T @ x, fit_grid(weight[:, :8], QuantSpec.parse("int3:asym"))
+    found = round_by_columns(weight, gram, grid, 8, 1e-6, act_order=True).weight
+    change = found - weight
+    assert bool((change[:, 8] != 0).all())
+    residual = x @ change.T
+    assert float(residual.mean(dim=0).abs().max()) < 1e-3 * float(residual.abs().max())
+    frozen = round_by_columns(weight[:, :8], gram[:8, :8], grid, 8, 1e-6, act_order=True).weight
+    assert float(residual.square().sum()) < float((x[:, :8] @ (frozen - weight[:, :8]).T).square().sum())
+
+
+def test_inputs_are_left_as_they_were_and_a_hopeless_gram_is_an_error() -> None:
+    weight, x = drawn(1, 4), inputs(9, 4)
+    gram, grid = x.T @ x, fit_grid(weight, QuantSpec.parse("int3"))
+    kept = weight.clone(), gram.clone()
+    round_by_columns(weight, gram, grid, 4, 0.01, act_order=False)
+    assert torch.equal(weight, kept[0]) and torch.equal(gram, kept[1])
+    with pytest.raises(NumericalError, match="use more calibration data or a larger damping"):
+        round_by_columns(weight, gram - 100 * torch.ones_like(gram), grid, 4, 1e-4, act_order=False)
