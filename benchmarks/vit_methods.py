@@ -29,14 +29,15 @@ METHODS = {
     "rtn": "rtn",
     "gptq": "gptq",
     "repq": "repq",
-    "repq + gptq": "gptq+reparameterize=true",
-    "repq + aqer": "erq+dual=false+rounding=nearest+refine_steps=0",
-    "repq + refinement": "erq+dual=false+rounding=nearest+absorb=false",
-    "repq + ridge": "erq+dual=false+rounding=halves+absorb=false+refine_steps=0",
-    "erq v1": "erq+dual=false+rounding=halves",
-    "erq v2": "erq+dual=true+rounding=halves",
-    "erq columns": "erq+dual=false+rounding=columns",
-    "erq columns dual": "erq+dual=true+rounding=columns",
+    "repq + gptq": "repq-gptq",
+    "repq + aqer": "erq-v1+rounding=nearest+refine_steps=0",
+    "repq + refinement": "erq-v1+rounding=nearest+absorb=false",
+    "repq + ridge": "erq-v1+absorb=false+refine_steps=0",
+    "erq v1": "erq-v1",
+    "erq v2": "erq-v2",
+    "columns on fp inputs, one grid": "erq+inputs=fp+dual=false",
+    "columns on fp inputs": "erq+inputs=fp",
+    "erq": "erq",
 }
 SETTINGS = ("int4/int4", "int3/int4", "int3/int3", "int2/int4")
 RULES = {"all": "", "linear inputs": "+attention=none+probabilities=none"}

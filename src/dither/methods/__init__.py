@@ -1,5 +1,7 @@
 """One file for each published system, and the dictionary that names them."""
 
+from typing import Any
+
 from dither.errors import InputError, nearest
 from dither.methods.base import Method
 from dither.methods.erq import ERQ
@@ -10,13 +12,26 @@ from dither.methods.rtn import RTN
 METHODS: dict[str, type[Method]] = {"rtn": RTN, "gptq": GPTQ, "repq": RepQ, "erq": ERQ}
 
 
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "repq-gptq": ("gptq", {"reparameterize": True}),
+    "erq-v1": ("erq", {"dual": False, "rounding": "halves", "inputs": "fp"}),
+    "erq-v2": ("erq", {"dual": True, "rounding": "halves", "inputs": "fp"}),
+}
+
+
 def method_class(name: str) -> type[Method]:
-    """The class of a method's name.
+    """The class of a method's or preset's name.
 
     Raises:
         InputError: there is no such method; the message names the nearest.
     """
-    if name not in METHODS:
-        known = ", ".join(METHODS)
-        raise InputError(f"unknown method {name!r}{nearest(name, METHODS)} (known: {known})")
-    return METHODS[name]
+    kind, _ = preset(name)
+    if kind not in METHODS:
+        known = [*METHODS, *PRESETS]
+        raise InputError(f"unknown method {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+    return METHODS[kind]
+
+
+def preset(name: str) -> tuple[str, dict[str, Any]]:
+    """The method that a preset configures and the fields it sets; a method's own name sets none."""
+    return PRESETS.get(name, (name, {}))

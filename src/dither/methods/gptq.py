@@ -16,13 +16,14 @@ from dither.formats.fit import fit_grid
 from dither.formats.qtensor import quantize
 from dither.methods.base import Method
 from dither.solvers.columns import round_by_columns
-from dither.walk import Block
+from dither.walk import Block, Inputs
 
 
 class GPTQ(Method):
     """Column-by-column rounding; `damping` is in units of the mean diagonal of the Gram."""
 
     name: ClassVar[str] = "gptq"
+    inputs: Inputs = Field(default="quantized", description="the paper measures behind the quantized prefix")
     act_order: bool = Field(default=True, description="columns of largest input energy first; groups stay static")
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01  # released code: percdamp
     reparameterize: bool = Field(default=False, description="RepQ-ViT's reparameterization first")
