@@ -173,15 +173,15 @@ def _token(token: str, text: str) -> dict[str, Any]:
     return _WORDS[token]
 
 
-def read_spec(value: Any, base: str) -> Any:
+def read_spec(value: Any, base: "str | QuantSpec") -> Any:
     """A text completed from `base`, or plain fields, as a QuantSpec; `none` and `fp` as None; others as they are."""
     if value in ("none", "fp"):
         return None
     if isinstance(value, str):
-        return QuantSpec.parse(value, base=QuantSpec.parse(base))
+        return QuantSpec.parse(value, base=QuantSpec.parse(base) if isinstance(base, str) else base)
     return QuantSpec(**value) if isinstance(value, dict) else value
 
 
-def spec_field(base: str) -> BeforeValidator:
+def spec_field(base: "str | QuantSpec") -> BeforeValidator:
     """Annotation of a method's field that is read by `read_spec`."""
     return BeforeValidator(partial(read_spec, base=base))

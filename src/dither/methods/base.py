@@ -38,7 +38,8 @@ class Method(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _follow_activations(cls, data: Any) -> Any:
-        spec = read_spec(data.get("activations"), ACTIVATIONS) if isinstance(data, dict) else None
+        given = data.get("activations", cls.model_fields["activations"].default) if isinstance(data, dict) else None
+        spec = read_spec(given, ACTIVATIONS)
         if not isinstance(spec, QuantSpec):
             return data
         granularity = "tensor" if spec.granularity == "channel" else spec.granularity

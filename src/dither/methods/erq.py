@@ -24,7 +24,7 @@ from dither.engine.local import Engine
 from dither.formats.fit import fit_grid
 from dither.formats.grid import Grid
 from dither.formats.qtensor import quantize
-from dither.methods.base import Method
+from dither.methods.base import ActivationSpec, Method
 from dither.solvers.columns import round_by_columns
 from dither.solvers.halves import refine_all, round_by_halves
 from dither.solvers.ridge import absorb_activation_error
@@ -39,6 +39,7 @@ class ERQ(Method):
     """
 
     name: ClassVar[str] = "erq"
+    activations: ActivationSpec = Field(default="int4", description="inputs of layers; none keeps them")  # type: ignore[assignment]
     inputs: Inputs = Field(default="quantized", description="fp is the paper's: layers are then independent")
     reparameterize: bool = Field(default=True, description="RepQ-ViT's reparameterization first (v2)")
     dual: bool = Field(default=True, description="two grids a row behind reparameterized norms (v2)")

@@ -10,11 +10,13 @@ inputs that earlier quantizers have changed; the mean zero-point is rounded, so 
 from collections.abc import Iterable
 from typing import ClassVar
 
+from pydantic import Field
+
 from dither.calibrate import LayerSolution, LayerTask, measure, quantize_operands, reparameterize, solve_and_store
 from dither.engine.local import Engine
 from dither.formats.fit import fit_grid
 from dither.formats.qtensor import quantize
-from dither.methods.base import Method
+from dither.methods.base import ActivationSpec, Method
 from dither.walk import Block
 
 
@@ -22,6 +24,7 @@ class RepQ(Method):
     """Reparameterize LayerNorm activations, then round weights to nearest."""
 
     name: ClassVar[str] = "repq"
+    activations: ActivationSpec = Field(default="int4", description="inputs of layers; none keeps them")  # type: ignore[assignment]
     round_zero_point: bool = True
 
     def run(self, blocks: Iterable[Block], engine: Engine) -> None:

@@ -11,12 +11,12 @@ from dither.formats.qtensor import QTensor
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.linear import ConvGeometry, PackedWeight, QuantizedConv2d, QuantizedLinear
 
-KINDS = ("Linear", "Conv2d")
+_FORWARDS = (nn.Linear.forward, nn.Conv2d.forward)
 
 
 def is_layer(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
-    """Whether dither can store this module's weight as codes."""
-    return isinstance(module, nn.Linear | nn.Conv2d)
+    """Whether dither can store this module's weight as codes: a layer that computes as its base class does."""
+    return isinstance(module, nn.Linear | nn.Conv2d) and type(module).forward in _FORWARDS
 
 
 def weight_matrix(layer: nn.Linear | nn.Conv2d, name: str) -> Float[Tensor, "o i"]:

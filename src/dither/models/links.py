@@ -5,7 +5,7 @@ that output: with the change undone at those layers, the block must put out what
 window partitions are seen through, while paddings, residuals and other readers are noticed, in any architecture.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,8 +42,12 @@ def find_links(block: nn.Module, run: Callable[[], Any]) -> Links:
     before, output = _inputs(layers, run)
     for name, norm in norms.items():
         scale, shift = _change(norm, name)
-        with _Altered([norm], lambda y, s=scale, b=shift: y * s + b):  # type: ignore[misc]
+        altered = _Altered(norm, scale, shift)
+        with altered:
             after, _ = _inputs(layers, run)
+        if not altered.applied:
+            links.refused[name] = "its channels are not on the last axis"
+            continue
         readers = [key for key, x in after.items() if key in before and _arrives(before[key], x, scale, shift)]
         if not readers:
             links.refused[name] = "no layer reads its output channel by channel"
@@ -101,17 +105,20 @@ def _inputs(layers: dict[str, nn.Module], run: Callable[[], Any]) -> tuple[dict[
 
 
 class _Altered:
-    """While open, the outputs of `modules` pass through a function."""
+    """While open, the output of a norm is multiplied by `scale` and shifted, if its last axis holds the channels."""
 
-    def __init__(self, modules: Iterable[nn.Module], change: Callable[[Tensor], Tensor]) -> None:
-        self.modules, self.change = list(modules), change
+    def __init__(self, norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
+        self.norm, self.scale, self.shift, self.applied = norm, scale, shift, False
 
     def __enter__(self) -> None:
-        self.handles = [m.register_forward_hook(lambda _m, _a, y: self.change(y)) for m in self.modules]
+        self.handle = self.norm.register_forward_hook(self._change)
 
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.handle.remove()
+
+    def _change(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        self.applied = output.shape[-1] == self.scale.shape[0]
+        return output * self.scale + self.shift if self.applied else output
 
 
 def _arrives(before: Tensor, after: Tensor, scale: Tensor, shift: Tensor) -> bool:
@@ -123,7 +130,7 @@ def _arrives(before: Tensor, after: Tensor, scale: Tensor, shift: Tensor) -> boo
 def _run_undone(norm: nn.Module, readers: list[nn.Module], scale: Tensor, shift: Tensor, run: Callable[[], Any]) -> Any:
     handles = [m.register_forward_pre_hook(lambda _m, a: ((a[0] - shift) / scale, *a[1:])) for m in readers]
     try:
-        with _Altered([norm], lambda y: y * scale + shift):
+        with _Altered(norm, scale, shift):
             return run()
     finally:
         for handle in handles:
