@@ -33,22 +33,23 @@ class OperandMode(TorchFunctionMode):
     def __init__(self, handler: Handler) -> None:
         super().__init__()
         self.handler = handler
-        self._after_softmax = False
+        self._rows: int | None = None  # of probabilities that wait for their values
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercept the calls that attention is made of; everything else passes."""
         kwargs = kwargs or {}
         if func is _SDPA:
             return attend(self.handler, *args, **kwargs)
-        if func in _SOFTMAX:
-            self._after_softmax = True
-        elif func in _MATMUL and _is_product_of_activations(args):
+        if func in _MATMUL and _is_product_of_activations(args):
             args = (*self._operands(*args[:2]), *args[2:])
-            self._after_softmax = False
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _SOFTMAX and result.ndim >= 3:  # a router's softmax has two axes; its last may be cut (sinks)
+            self._rows = result.shape[-2]
+        return result
 
     def _operands(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        if self._after_softmax:
+        if left.shape[-2] == self._rows:
+            self._rows = None
             return self.handler("probabilities", left), self.handler("value", right)
         # the key arrives transposed; handlers see its channels on the last axis, as in the fused call
         return self.handler("query", left), self.handler("key", right.transpose(-2, -1)).transpose(-2, -1)
