@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from dither.errors import DitherError
     from dither.evaluation.evaluate import evaluate
     from dither.formats.spec import QuantSpec
+    from dither.inspection import inspect
     from dither.methods import ERQ, GPTQ, METHODS, RTN, Method, RepQ
-    from dither.pipeline import Report, Result, load, quantize, save
+    from dither.pipeline import load, plan, quantize, save
+    from dither.result import Report, Result
 
 __version__ = version("dither")
 _HOME = {
@@ -39,9 +41,11 @@ _HOME = {
     "Method": "dither.methods",
     "RTN": "dither.methods",
     "RepQ": "dither.methods",
-    "Report": "dither.pipeline",
-    "Result": "dither.pipeline",
+    "Report": "dither.result",
+    "Result": "dither.result",
+    "inspect": "dither.inspection",
     "load": "dither.pipeline",
+    "plan": "dither.pipeline",
     "quantize": "dither.pipeline",
     "save": "dither.pipeline",
 }
@@ -59,8 +63,10 @@ __all__ = [
     "Result",
     "compare",
     "evaluate",
+    "inspect",
     "load",
     "open_images",
+    "plan",
     "quantize",
     "save",
 ]

@@ -10,13 +10,15 @@ from torch import nn
 from dither.data import ImageSet, open_images
 from dither.errors import DitherError, InputError
 from dither.evaluation import top1
-from dither.evaluation.evaluate import BATCH, evaluate, ids, logits, select
-from dither.methods import Method
-from dither.models.network import open_network
-from dither.pipeline import Report, quantize
+from dither.evaluation.evaluate import BATCH, evaluate, ids, logits, refuse_overlap, select
+from dither.methods.base import Method
+from dither.models.network import Network, open_network
+from dither.pipeline import quantize
 from dither.recipe import parse_method
+from dither.result import Report, Result
 
-Progress = Callable[[str, int, int], None]  # (run, runs done, runs in all)
+Progress = Callable[[str, float, int], None]  # (run and unit, runs done with the part of this one, runs in all)
+_QUANTIZING = 0.8  # measured: the part of a run that is not evaluation, for a small model
 
 
 def compare(
@@ -28,17 +30,20 @@ def compare(
     weights: Sequence[str] = (),
     activations: Sequence[str] = (),
     seeds: int = 1,
+    seed: int = 0,
     count: int | None = None,
     evaluate_count: int | None = None,
     batch_size: int = BATCH,
     device: str | torch.device | None = None,
     workers: int = 1,
     progress: Progress | None = None,
+    finished: Callable[[str, int, Result], None] | None = None,
 ) -> Report:
-    """Quantize the model with every method, format and seed, and evaluate each result on `data`.
+    """Quantize the model with every method, format and seed from `seed` on, and evaluate each result on `data`.
 
     A method is a name, a text such as `gptq+reparameterize=true`, or a configured Method, for which `weights` and
-    `activations` are not applied. A run that fails is reported as a failure; the others go on.
+    `activations` are not applied. A run that fails is reported as a failure; the others go on. `finished` gets the
+    label, seed and result of every run that did not fail.
 
     Raises:
         InputError: calibration and evaluation pictures overlap, or a method or format is unknown.
@@ -53,40 +58,51 @@ def compare(
     failures: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
     total = len(jobs) * seeds
-    for done, (seed, (label, method)) in enumerate((s, job) for s in range(seeds) for job in jobs):
-        if progress is not None:
-            progress(f"{label} seed {seed}", done, total)
+    draws = range(seed, seed + seeds)
+    for done, (draw, (label, method)) in enumerate((draw, job) for draw in draws for job in jobs):
+        within = _within(progress, f"{label} seed {draw}", done, total)
         try:
-            result = quantize(network.model, method, source, count=count, seed=seed, workers=workers)
+            result = quantize(network.model, method, source, count=count, seed=draw, workers=workers, progress=within)
             found = evaluate(result.network, pictures, reference=reference, batch_size=batch_size)
         except DitherError as error:
-            failures.append({"method": label, "seed": seed, "error": str(error)})
+            failures.append({"method": label, "seed": draw, "error": str(error)})
             continue
-        facts = facts or {**result.report.data["provenance"], "seed": f"0 to {seeds - 1}"}
-        runs.append(_run(label, method, seed, result.report.data, found.to_json()))
+        facts = facts or {**result.report.data["provenance"], "seed": _span(draws)}
+        runs.append(_run(label, method, draw, result.report.data, found.to_json()))
+        if finished is not None:
+            finished(label, draw, result)
     if progress is not None:
         progress("done", total, total)
+    top = None if classes is None else top1(reference, classes)
+    evaluation = {"count": len(pictures), "source": pictures.source}
     return Report(
         {
             "schema": 1,
             "kind": "compare",
-            "model": {
-                "name": network.name,
-                "class": type(network.model).__name__,
-                "parameters": sum(p.numel() for p in network.model.parameters()),
-                "source": network.name,
-            },
+            **_model_facts(network, top),
             "provenance": facts,
-            "reference": {
-                "top1": None if classes is None else top1(reference, classes),
-                "size_bytes": sum(p.numel() * p.element_size() for p in network.model.parameters()),
-                "bits_per_weight": 8 * next(network.model.parameters()).element_size(),
-            },
             "runs": runs,
             "failures": failures,
-            "evaluation": {"count": len(pictures), "source": pictures.source},
+            "evaluation": evaluation,
         }
     )
+
+
+def _model_facts(network: Network, top: float | None) -> dict[str, Any]:
+    parameters = list(network.model.parameters())
+    return {
+        "model": {
+            "name": network.name,
+            "class": type(network.model).__name__,
+            "parameters": sum(p.numel() for p in parameters),
+            "source": network.name,
+        },
+        "reference": {
+            "top1": top,
+            "size_bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "bits_per_weight": 8 * parameters[0].element_size(),
+        },
+    }
 
 
 def _jobs(
@@ -107,22 +123,24 @@ def _jobs(
     return jobs
 
 
+def _within(progress: Progress | None, run: str, done: int, total: int) -> Progress | None:
+    """The progress of a run's units as a part of all runs; evaluating takes what is left of the run."""
+    if progress is None:
+        return None
+    progress(run, done, total)
+
+    def report(unit: str, units: float, of: int) -> None:
+        progress(f"{run} {unit}", done + _QUANTIZING * units / of, total)
+
+    return report
+
+
+def _span(draws: range) -> str:
+    return str(draws[0]) if len(draws) == 1 else f"{draws[0]} to {draws[-1]}"
+
+
 def _open(calibration: str | Path | ImageSet) -> ImageSet:
     return calibration if isinstance(calibration, ImageSet) else open_images(calibration)
-
-
-def refuse_overlap(calibration: ImageSet, pictures: ImageSet) -> None:
-    """Evaluating on what a method was calibrated on flatters it.
-
-    Raises:
-        InputError: a picture is in both sets.
-    """
-    shared = calibration.digests() & pictures.digests()
-    if shared:
-        raise InputError(
-            f"{len(shared)} pictures are in both calibration {calibration.source!r} and evaluation {pictures.source!r}; "
-            "give two sets that do not overlap"
-        )
 
 
 def _run(label: str, method: Method, seed: int, report: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,81 +13,24 @@ import torch
 from torch import nn
 
 from dither.data.calibration import Calibration, prepare_calibration
+from dither.data.images import ImageSet, open_images
 from dither.engine.local import InProcess, ProcessPool, engine
-from dither.errors import InputError
-from dither.methods import Method
+from dither.evaluation.exam import prepare_exam
+from dither.methods.base import Method
 from dither.models.anatomy import Anatomy, Unit, read_anatomy
 from dither.models.coverage import coverage
 from dither.models.network import Network, load_into, open_network
 from dither.models.selection import matching, without
 from dither.nn.linear import cache_weights
-from dither.plan import check_formats
+from dither.plan import SPILL_BUDGET, check_formats, make_plan
 from dither.provenance import model_sha256, provenance
-from dither.recipe import parse_method, resolved, to_yaml
-from dither.storage import write_json, write_network, write_text
-from dither.unfinished import Unfinished
+from dither.recipe import parse_method, resolved
+from dither.result import Report, Result
+from dither.unfinished import Unfinished, check_output
 from dither.walk import Block, LayerRecord, walk
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]  # (unit, units done, units in all)
-SPILL_BUDGET = 2**30
-
-
-@dataclass
-class Report:
-    """The report data; `save` writes it as HTML or JSON, whichever the suffix says."""
-
-    data: dict[str, Any]
-
-    def save(self, path: str | Path) -> None:
-        """Write the report.
-
-        Raises:
-            InputError: the suffix is neither .html nor .json.
-            StorageError: the path cannot be written.
-        """
-        file = Path(path)
-        if file.suffix not in (".html", ".json"):
-            raise InputError(f"a report is .html or .json, got {str(path)!r}")
-        if file.suffix == ".json":
-            write_json(self.data, file)
-            return
-        from dither.report.html import write_html  # brings matplotlib, which only a report needs
-
-        write_html(self.data, file)
-
-
-@dataclass
-class Result:
-    """A quantized network, the method that made it and the report."""
-
-    network: Network
-    method: Method
-    report: Report
-
-    @property
-    def model(self) -> nn.Module:
-        """The quantized model."""
-        return self.network.model
-
-    def save(self, folder: str | Path) -> None:
-        """Write the folder that `dither.load` and `from_pretrained` open; it is read back and compared.
-
-        Raises:
-            InputError: the folder holds something else already.
-            StorageError: writing or verification failed.
-        """
-        target = Path(folder)
-        if target.is_dir() and any(path.name != "unfinished" for path in target.iterdir()):
-            raise InputError(f"output {str(folder)!r} is not empty; choose another folder or remove it")
-        self._write(target)
-
-    def _write(self, folder: Path) -> None:
-        write_network(self.network, folder)
-        write_text(to_yaml(self.method), folder / "recipe.yaml")
-        write_json(self.report.data["provenance"], folder / "provenance.json")
-        self.report.save(folder / "report.json")
-        self.report.save(folder / "report.html")
+Progress = Callable[[str, int, int], None]  # (what, units or pictures done, in all)
 
 
 def quantize(
@@ -103,35 +46,73 @@ def quantize(
     device: str | torch.device | None = None,
     workers: int = 1,
     spill_budget: int = SPILL_BUDGET,
+    evaluation: str | Path | ImageSet | None = None,
+    evaluate_count: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Quantize a model; a module that is given is not changed, its copy is.
 
-    `calibration` is a folder, `.npz` or `.csv` of pictures, an ImageSet, PIL pictures, a tensor or an iterable of batches;
-    `count` pictures are drawn from it by `seed`. With `output`, finished units are written at once, so that `resume` goes
-    on after an interruption, and the result is saved there.
+    `calibration` is a folder, `.npz` or `.csv` of pictures, an ImageSet, PIL pictures, a tensor or an iterable of
+    batches; `count` pictures are drawn from it by `seed`. With `output`, finished units are written at once, so that
+    `resume` goes on after an interruption, and the result is saved there. `evaluation` pictures (or `evaluate_count` of
+    them) compare the result with the full-precision model once it is saved; the report then says how they differ.
     """
     started = perf_counter()
+    if output is not None:
+        check_output(Path(output), resume)
+    run, seen = _begin(model, method, calibration, count, seed, batch_size, device)
+    run.progress, network = progress, run.network
+    facts = provenance(model_sha256(network.model), run.data, seed, network.device)
+    exam = None if evaluation is None else prepare_exam(network, evaluation, evaluate_count, seen, progress)
+    if output is not None:
+        run.unfinished = Unfinished(Path(output), _fingerprint(facts, run.method), resume)
+    with _single_purpose(), _pool(workers) as pool:
+        run.walk(pool, spill_budget)
+    result = Result(network, run.method, Report(run.report(facts, perf_counter() - started)))
+    if run.unfinished is not None and output is not None:
+        result._write(Path(output))
+        run.unfinished.remove()
+    if exam is not None:
+        result.evaluate(exam, None if output is None else Path(output), progress)
+    return result
+
+
+def plan(
+    model: str | Path | nn.Module,
+    method: Method | str,
+    calibration: Any,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+) -> dict[str, Any]:
+    """What `quantize` would do with the same arguments: layers, sizes, kept layers and why, memory and time.
+
+    Nothing is written; whatever is wrong with the model, the recipe or the pictures is found here.
+    """
+    run, _ = _begin(model, method, calibration, count, seed, batch_size, device)
+    model_sha256(run.network.model)  # refuses NaN
+    return make_plan(run.network.model, run.anatomy, run.method, run.network.run, run.data.batches)
+
+
+def _begin(
+    model: str | Path | nn.Module,
+    method: Method | str,
+    calibration: Any,
+    count: int | None,
+    seed: int,
+    batch_size: int,
+    device: str | torch.device | None,
+) -> tuple["_Run", Any]:
+    """The run before its first unit, and the calibration pictures as a set where they are one."""
     method = parse_method(method, {}) if isinstance(method, str) else method
+    pictures = open_images(calibration) if isinstance(calibration, str | Path) else calibration
     network = open_network(model, device or _device_of(model))
     if isinstance(model, nn.Module):
         network.model = copy.deepcopy(network.model).eval()
-    data = prepare_calibration(
-        calibration, network.processor, network.channels, count, seed, batch_size, network.device
-    )
-    facts = provenance(model_sha256(network.model), data, seed, network.device)
-    unfinished = None
-    if output is not None:
-        unfinished = Unfinished(Path(output), _fingerprint(facts, method), resume)
-    run = _Run(network, method, data, unfinished, progress)
-    with _single_purpose(), _pool(workers) as pool:
-        run.walk(pool, spill_budget)
-    report = Report(run.report(facts, perf_counter() - started))
-    result = Result(network, method, report)
-    if unfinished is not None and output is not None:
-        result._write(Path(output))
-        unfinished.remove()
-    return result
+    data = prepare_calibration(pictures, network.processor, network.channels, count, seed, batch_size, network.device)
+    return _Run(network, method, data), pictures
 
 
 def load(
@@ -196,21 +177,10 @@ def _pool(workers: int):  # type: ignore[no-untyped-def]
 class _Run:
     """One quantization in progress: what has been recorded so far."""
 
-    def __init__(
-        self,
-        network: Network,
-        method: Method,
-        data: Calibration,
-        unfinished: Unfinished | None,
-        progress: Progress | None,
-    ) -> None:
-        self.network, self.method, self.data, self.unfinished, self.progress = (
-            network,
-            method,
-            data,
-            unfinished,
-            progress,
-        )
+    def __init__(self, network: Network, method: Method, data: Calibration) -> None:
+        self.network, self.method, self.data = network, method, data
+        self.unfinished: Unfinished | None = None
+        self.progress: Progress | None = None
         self.original_bytes = sum(p.numel() * p.element_size() for p in network.model.parameters())
         self.parameters = sum(p.numel() for p in network.model.parameters())
         self.records: list[LayerRecord] = []

@@ -1,4 +1,4 @@
-"""The plan of a run before hours are spent: what will be stored how, how large, how much memory, and what cannot work."""
+"""The plan of a run before hours are spent: what is stored how, how large, how much memory, and what cannot work."""
 
 from time import perf_counter
 from typing import Any
@@ -9,10 +9,11 @@ from torch import nn
 from dither.errors import ShapeError, SpecError
 from dither.formats.qtensor import layout
 from dither.formats.spec import QuantSpec
-from dither.methods import Method
+from dither.methods.base import Method
 from dither.models.anatomy import Anatomy
 from dither.models.layers import has_gram, is_layer
 
+SPILL_BUDGET = 2**30  # bytes of activations that stay in memory, unless the caller says otherwise
 _PASSES = 6  # measured: links, ranges and Grams of a block take about five block forwards, plus the output
 
 
@@ -54,12 +55,12 @@ def make_plan(model: nn.Module, anatomy: Anatomy, method: Method, run: Any, batc
     check_formats(model, anatomy, method)
     rows = [_plan_layer(model, name, method) for name in anatomy.layers]
     kept = sum(p.numel() * p.element_size() for p in model.parameters())
-    kept -= sum(model.get_submodule(row["name"]).weight.nbytes for row in rows)  # type: ignore[union-attr]
+    kept -= sum(model.get_parameter(f"{row['name']}.weight").nbytes for row in rows)
     gram = max((3 * 8 * (row["shape"][1] + 1) ** 2 for row in rows if row["gram"]), default=0)
-    start = perf_counter()
-    with torch.no_grad():
-        run(batches[0])
-    forward = (perf_counter() - start) * len(batches)
+    seconds, activations = _measure(model, anatomy, run, batches[0])
+    original = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = kept + sum(row["nbytes"] for row in rows)
+    largest = max((_bytes(model.get_submodule(unit.name)) for unit in anatomy.units), default=0)
     return {
         "schema": 1,
         "kind": "plan",
@@ -67,11 +68,37 @@ def make_plan(model: nn.Module, anatomy: Anatomy, method: Method, run: Any, batc
         "units": len(anatomy.units),
         "layers": rows,
         "kept": dict(anatomy.kept),
-        "size_bytes": kept + sum(row["nbytes"] for row in rows),
-        "original_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "size_bytes": size,
+        "original_bytes": original,
         "gram_bytes": gram,
-        "estimated_time_s": _PASSES * forward + _solve_seconds(rows),
+        "memory_bytes": original + 2 * largest + gram + min(activations * len(batches), SPILL_BUDGET),
+        "disk_bytes": 2 * size,  # finished units wait beside the result until it is whole
+        "estimated_time_s": _PASSES * seconds * len(batches) + _solve_seconds(rows),
     }
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _measure(model: nn.Module, anatomy: Anatomy, run: Any, batch: Any) -> tuple[float, int]:
+    """Seconds of a forward pass, and the bytes of the largest activations between units, inputs and outputs."""
+    largest = 0
+
+    def keep(_module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal largest
+        parts = [*args, *(output if isinstance(output, tuple) else (output,))]
+        largest = max(largest, sum(x.nbytes for x in parts if isinstance(x, torch.Tensor)))
+
+    handles = [model.get_submodule(unit.name).register_forward_hook(keep) for unit in anatomy.units]
+    start = perf_counter()
+    try:
+        with torch.no_grad():
+            run(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return perf_counter() - start, largest
 
 
 def _plan_layer(model: nn.Module, name: str, method: Method) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from dither.errors import InputError, PathError, nearest
-from dither.methods import Method, method_class
+from dither.methods import method_class, preset
+from dither.methods.base import Method
 
 SCHEMA = 1
 
@@ -26,7 +27,7 @@ def build_method(name: str, fields: Mapping[str, Any]) -> Method:
         near = nearest(unknown[0], kind.model_fields)
         raise InputError(f"method {name!r} has no field {unknown[0]!r}{near} (fields: {known})")
     try:
-        return kind(**fields)
+        return kind(**{**preset(name)[1], **fields})
     except ValidationError as error:
         detail = error.errors()[0]
         where = ".".join(str(part) for part in detail["loc"])
@@ -45,7 +46,10 @@ def read_setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"expected FIELD=VALUE, got {text!r}")
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"{key.strip()}: {value!r} cannot be read as a value; quote it as YAML asks") from None
     return key.strip(), "none" if parsed is None else parsed
 
 
@@ -59,8 +63,8 @@ def to_yaml(method: Method) -> str:
     return yaml.safe_dump(resolved(method), sort_keys=False)
 
 
-def from_data(data: Any, where: str) -> Method:
-    """A method from recipe data.
+def from_data(data: Any, where: str, changes: Mapping[str, Any] | None = None) -> Method:
+    """A method from recipe data; `changes` win over its fields.
 
     Raises:
         InputError: not a recipe of this schema, or `build_method`'s.
@@ -69,13 +73,13 @@ def from_data(data: Any, where: str) -> Method:
         raise InputError(f"{where} is not a recipe: expected a mapping with schema and method")
     if data.get("schema") != SCHEMA:
         raise InputError(f"{where}: expected recipe schema {SCHEMA}, got {data.get('schema')}")
-    fields = {key: value for key, value in data.items() if key not in ("schema", "method")}
+    fields = {str(key): value for key, value in data.items() if key not in ("schema", "method")}
     none = {key: "none" if value is None else value for key, value in fields.items()}
-    return build_method(str(data["method"]), none)
+    return build_method(str(data["method"]), _joined(none, changes or {}))
 
 
-def read_recipe(path: str | Path) -> Method:
-    """A method from a YAML file.
+def read_recipe(path: str | Path, changes: Mapping[str, Any] | None = None) -> Method:
+    """A method from a YAML file; `changes` win over its fields.
 
     Raises:
         PathError: no such file.
@@ -88,4 +92,18 @@ def read_recipe(path: str | Path) -> Method:
         data = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {str(path)!r} is not YAML: {error}") from None
-    return from_data(data, f"recipe {str(path)!r}")
+    return from_data(data, f"recipe {str(path)!r}", changes)
+
+
+def _joined(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with changes: lists grow, the changes' patterns come first in mappings, all else is replaced."""
+    joined = dict(fields)
+    for key, value in changes.items():
+        before = joined.get(key)
+        if key == "skip" and isinstance(before, list | tuple):
+            joined[key] = [*before, *value]
+        elif key == "overrides" and isinstance(before, Mapping):
+            joined[key] = {**value, **{pattern: spec for pattern, spec in before.items() if pattern not in value}}
+        else:
+            joined[key] = value
+    return joined

@@ -33,17 +33,14 @@ class Unfinished:
             ResumeError: the run found there had another model, data or recipe.
         """
         self.folder = output / FOLDER
+        check_output(output, resume)
         found = self._found()
         if found is None:
-            if output.is_dir() and any(path for path in output.iterdir() if path.name != FOLDER):
-                raise InputError(f"output {str(output)!r} is not empty; choose another folder or remove it")
             if self.folder.is_dir() and any(self.folder.iterdir()) and resume:
                 raise ResumeError(f"{str(self.folder)!r} holds no fingerprint; remove it and start again")
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             write_json(fingerprint, self.folder / FINGERPRINT)
-        elif not resume:
-            raise InputError(f"output {str(output)!r} holds an unfinished run; pass --resume to go on, or remove it")
         elif found != fingerprint:
             differing = sorted(key for key in found | fingerprint if found.get(key) != fingerprint.get(key))
             raise ResumeError(
@@ -102,6 +99,23 @@ class Unfinished:
     def remove(self) -> None:
         """The run is finished and saved elsewhere."""
         shutil.rmtree(self.folder)
+
+
+def check_output(output: Path, resume: bool = False) -> None:
+    """Refuse an output folder that holds something, before any work is done.
+
+    Raises:
+        InputError: it is a file, holds something else, or holds an unfinished run that `resume` does not ask for.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output {str(output)!r} is a file; choose a folder")
+    if not output.is_dir():
+        return
+    if (output / FOLDER / FINGERPRINT).is_file():
+        if not resume:
+            raise InputError(f"output {str(output)!r} holds an unfinished run; pass --resume to go on, or remove it")
+    elif any(path.name != FOLDER for path in output.iterdir()):
+        raise InputError(f"output {str(output)!r} is not empty; choose another folder or remove it")
 
 
 def _tuples(record: dict[str, Any]) -> dict[str, Any]:

@@ -24,19 +24,23 @@ def evaluate(
     *,
     reference: str | Path | nn.Module | Network | Float[Tensor, "n classes"] | None = None,
     count: int | None = None,
+    seed: int = 0,
     batch_size: int = BATCH,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run a classifier over pictures; `reference` is the full-precision model, or its logits on the same pictures.
 
-    `count` evaluates on the pictures drawn with seed 0 instead of all.
+    `count` evaluates on the pictures drawn with `seed` instead of all.
 
     Raises:
-        PathError, InputError: the model or the pictures cannot be read, or labels do not fit the model's classes.
+        PathError, InputError: the model or the pictures cannot be read, labels do not fit the model's classes, or
+            there are neither labels nor a reference.
     """
+    pictures = select(data, count, seed)
+    if pictures.labels is None and reference is None:
+        raise InputError(f"{pictures.source!r} has no labels: give a reference model to compare with, or labels")
     network = _network(model, device)
-    pictures = select(data, count)
     if reference is not None and not isinstance(reference, Tensor):
         reference = logits(_network(reference, device), pictures, batch_size, progress)
     cache_weights(network.model)
@@ -62,10 +66,24 @@ def logits(
     return predict(network.model, batches, network.device, progress)
 
 
-def select(data: str | Path | ImageSet, count: int | None) -> ImageSet:
+def select(data: str | Path | ImageSet, count: int | None, seed: int = 0) -> ImageSet:
     """The pictures to evaluate on."""
     pictures = data if isinstance(data, ImageSet) else open_images(data)
-    return pictures if count is None else pictures.sample(count, seed=0)
+    return pictures if count is None else pictures.sample(count, seed)
+
+
+def refuse_overlap(calibration: ImageSet, pictures: ImageSet) -> None:
+    """Evaluating on what a method was calibrated on flatters it.
+
+    Raises:
+        InputError: a picture is in both sets.
+    """
+    shared = calibration.digests() & pictures.digests()
+    if shared:
+        raise InputError(
+            f"{len(shared)} pictures are in both calibration {calibration.source!r} and evaluation "
+            f"{pictures.source!r}; give two sets that do not overlap"
+        )
 
 
 def ids(network: Network, pictures: ImageSet) -> tuple[int, ...] | None:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,7 +64,7 @@ class Spill:
         self.spilled += 1
         return path
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Spill":
         return self
 
     def __exit__(

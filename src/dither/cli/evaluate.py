@@ -1,0 +1,75 @@
+"""`dither evaluate`: how right a model is, and how faithful to the one it was made from."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dither.cli.options import Count, Debug, Device, Json, Quiet, Seed, chosen_device
+from dither.cli.terminal import Terminal
+
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder of a model, quantized or not.", show_default=False)]
+Data = Annotated[
+    str,
+    typer.Option(metavar="PATH", help="Pictures to evaluate on: a folder, an .npz or a .csv.", show_default=False),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="The full-precision model (default: what OUT was made from).",
+                 show_default=False),
+]  # fmt: skip
+
+
+def evaluate(
+    out: Out,
+    data: Data,
+    reference: Reference = None,
+    count: Count = None,
+    json: Json = False,
+    device: Device = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model on pictures.
+
+    Top-1 needs labels: folders named by class, or labels in the .npz or .csv. Agreement, KL and SQNR compare with the
+    full-precision model and need none.
+
+    Examples:
+
+        dither evaluate vit-w4a4/ --data pictures/
+
+        dither evaluate vit-w4a4/ --data test.npz --reference vit/ --count 1000 --json
+    """
+    with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
+        from dither.evaluation.evaluate import evaluate as measure
+        from dither.evaluation.evaluate import select
+        from dither.report.table import summary_rows
+
+        place = chosen_device(device)
+        against = reference or _source(out)
+        if against is None:
+            terminal.note("agreement, KL and SQNR need the full-precision model: add --reference MODEL")
+        pictures = select(data, count, seed)
+        with terminal.progress("evaluating") as progress:
+            found = measure(
+                out, pictures, reference=against, device=place,
+                progress=lambda done: progress("pictures", done, len(pictures)),
+            ).to_json()  # fmt: skip
+        result: dict[str, Any] = {"schema": 1, "kind": "evaluate", "model": out, "reference": against, **found}
+        terminal.show(result)
+        rows = summary_rows({"kind": "quantize", "evaluation": found})
+        terminal.table([{"": row["figure"], "Result": row["value"], "Note": row["note"]} for row in rows], fold=False)
+
+
+def _source(out: str) -> str | None:
+    """The folder that OUT was made from, if its report names one that is still there."""
+    from dither.errors import PathError
+    from dither.report.data import read_report
+
+    try:
+        source = read_report(Path(out)).get("model", {}).get("source")
+    except PathError:
+        return None
+    return source if isinstance(source, str) and (Path(source) / "config.json").is_file() else None

@@ -1,0 +1,65 @@
+"""The options that several commands share, each described once."""
+
+from typing import Annotated
+
+import typer
+
+_COMMON = "For every command"
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON and nothing else.", rich_help_panel=_COMMON)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU if there is one.", show_default=False,
+                 rich_help_panel=_COMMON),
+]  # fmt: skip
+Seed = Annotated[int, typer.Option(help="Decides which pictures are drawn.", min=0, rich_help_panel=_COMMON)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes.", rich_help_panel=_COMMON)]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Log every layer; show the traceback of an error.", rich_help_panel=_COMMON)
+]
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder of a transformers or timm model.", show_default=False)
+]
+Calibration = Annotated[
+    str,
+    typer.Option(metavar="PATH", help="Pictures to calibrate on: a folder, an .npz or a .csv.", show_default=False),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Pictures to calibrate on (default: 32, or all if fewer).",
+                 show_default=False),
+]  # fmt: skip
+Count = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Pictures to evaluate on (default: all).", show_default=False),
+]
+Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Processes that solve layers at the same time.")]
+
+
+def chosen_device(text: str | None) -> str | None:
+    """The device that the user named, checked to exist.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if text is None:
+        return None
+    import torch
+
+    from dither.errors import InputError
+
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {text!r} cannot be used: {reason}; try cpu") from None
+    return str(device)
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a comma-separated option."""
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,188 @@
+"""`dither quantize`: a model goes in, a folder with its few-bit copy and a report comes out."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dither.cli.options import (
+    Calibration,
+    Count,
+    Debug,
+    Device,
+    Json,
+    Model,
+    Quiet,
+    Samples,
+    Seed,
+    Workers,
+    chosen_device,
+)
+from dither.cli.terminal import Terminal
+
+_WHAT = "What to make"
+Output = Annotated[
+    str | None,
+    typer.Option("--output", "-o", metavar="OUT", help="New folder for the result.", show_default=False),
+]
+Name = Annotated[
+    str | None,
+    typer.Option("--method", "-m", metavar="NAME", help="See `dither methods` (default: erq).", show_default=False,
+                 rich_help_panel=_WHAT),
+]  # fmt: skip
+Format = Annotated[
+    str | None,
+    typer.Option(metavar="FORMAT", help="Such as int4, int3:g128 or int8:channel:sym.", show_default=False,
+                 rich_help_panel=_WHAT),
+]  # fmt: skip
+RecipeFile = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="FILE.yaml", help="Method and fields from a file; other options win over it.",
+                 show_default=False, rich_help_panel=_WHAT),
+]  # fmt: skip
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="A field of the method; may be repeated.", show_default=False,
+                 rich_help_panel=_WHAT),
+]  # fmt: skip
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Layers to keep as they are, such as `'*.mlp.*'`; may be repeated.",
+                 show_default=False, rich_help_panel=_WHAT),
+]  # fmt: skip
+Override = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN=FORMAT", help="Another weight format for some layers; may be repeated.",
+                 show_default=False, rich_help_panel=_WHAT),
+]  # fmt: skip
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done, how large and how long; write nothing.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")]
+EvaluationData = Annotated[
+    str | None,
+    typer.Option("--evaluate", metavar="DATA", help="Compare with the original on these pictures afterwards.",
+                 show_default=False),
+]  # fmt: skip
+
+
+def quantize(
+    model: Model,
+    calibration: Calibration,
+    output: Output = None,
+    method: Name = None,
+    weights: Format = None,
+    activations: Format = None,
+    recipe: RecipeFile = None,
+    set_: Settings = None,
+    skip: Skip = None,
+    override: Override = None,
+    samples: Samples = None,
+    evaluate: EvaluationData = None,
+    count: Count = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    workers: Workers = 1,
+    json: Json = False,
+    device: Device = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model and save it.
+
+    OUT then opens with `dither.load`, or with transformers' `from_pretrained` after `import dither`.
+
+    Examples:
+
+        dither quantize vit/ --calibration pictures/ -o vit-w4a4/ --weights int4 --activations int4
+
+        dither quantize vit/ --calibration pictures/ -o out/ -m gptq --weights int3:g64 --skip classifier
+
+        dither quantize vit/ --calibration pictures/ --recipe out/recipe.yaml --dry-run
+    """
+    if output is None and not dry_run:
+        raise typer.BadParameter("say where the result goes with -o OUT, or use --dry-run", param_hint="--output")
+    if method is not None and recipe is not None:
+        raise typer.BadParameter("the recipe names its method; give one of the two", param_hint="--method")
+    with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
+        from dither import pipeline
+        from dither.recipe import build_method, read_recipe
+
+        fields = _fields(weights, activations, set_ or [], skip or [], override or [])
+        chosen = read_recipe(recipe, fields) if recipe else build_method(method or "erq", fields)
+        place = chosen_device(device)
+        if dry_run:
+            _show_plan(
+                terminal, pipeline.plan(model, chosen, calibration, count=samples, seed=seed, device=place), output
+            )
+            return
+        try:
+            with terminal.progress(chosen.name) as progress:
+                result = pipeline.quantize(
+                    model, chosen, calibration, output=output, resume=resume, count=samples, seed=seed, device=place,
+                    workers=workers, evaluation=evaluate, evaluate_count=count, progress=progress,
+                )  # fmt: skip
+        except KeyboardInterrupt as stop:
+            if output is not None and (Path(output) / "unfinished").is_dir():
+                stop.add_note(f"finished units are kept in {output!r}: repeat the command with --resume to go on")
+            raise
+        _show_result(terminal, result.report.data, str(output))
+
+
+def _fields(
+    weights: str | None, activations: str | None, settings: list[str], skip: list[str], overrides: list[str]
+) -> dict[str, Any]:
+    """The method's fields as the command line gives them."""
+    from dither.recipe import read_setting
+
+    fields: dict[str, Any] = {
+        key: text for key, text in (("weights", weights), ("activations", activations)) if text is not None
+    }
+    for text in settings:
+        if "=" not in text:
+            raise typer.BadParameter(f"expected FIELD=VALUE, got {text!r}", param_hint="--set")
+        key, value = read_setting(text)
+        fields[key] = value
+    if skip:
+        fields["skip"] = skip
+    for text in overrides:
+        pattern, equals, spec = text.rpartition("=")
+        if not equals:
+            raise typer.BadParameter(f"expected PATTERN=FORMAT, got {text!r}", param_hint="--override")
+        fields.setdefault("overrides", {})[pattern] = spec
+    return fields
+
+
+def _show_result(terminal: Terminal, report: dict[str, Any], output: str) -> None:
+    from dither.report.table import coverage_reasons, summary_rows
+
+    terminal.show({**report, "output": output})
+    rows = [{key: row[key] for key in ("figure", "value", "note")} for row in summary_rows(report)]
+    terminal.table([{"": row["figure"], "Result": row["value"], "Note": row["note"]} for row in rows], fold=False)
+    terminal.table(coverage_reasons(report), "What became of the parameters", ("Modules", "Parameters"), fold=False)
+    terminal.line(f"saved in {output} (report: {Path(output) / 'report.html'})")
+
+
+def _show_plan(terminal: Terminal, plan: dict[str, Any], output: str | None) -> None:
+    from dither.report.table import count, ratio, seconds, size
+
+    terminal.show(plan)
+    layers = [
+        {"Layer": row["name"], "Shape": "×".join(map(str, row["shape"])), "Weights": row["weights"],
+         "Stored": size(row["nbytes"])}
+        for row in plan["layers"]
+    ]  # fmt: skip
+    terminal.table(layers, f"What {plan['method']} would do", ("Stored",))
+    terminal.table([{"Kept layer": name, "Reason": why} for name, why in plan["kept"].items()], fold=False)
+    total, before = plan["size_bytes"], plan["original_bytes"]
+    figures = {
+        "Units": count(plan["units"]),
+        "Layers": f"{len(layers)} quantized, {len(plan['kept'])} kept",
+        "Size": f"{size(before)} → {size(total)}, {ratio(before, total)}",
+        "Memory, about": size(plan["memory_bytes"]),
+        "Disk, at most": size(plan["disk_bytes"]),
+        "Time, about": seconds(plan["estimated_time_s"]),
+    }
+    terminal.table([{"": name, "Plan": text} for name, text in figures.items()], fold=False)
+    terminal.line("nothing was written" + ("" if output is None else f"; without --dry-run it goes to {output}"))

@@ -1,0 +1,176 @@
+"""What a command says: results on standard output, progress and notes on standard error, one line for an error."""
+
+import json as json_text
+import logging
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from errno import ENOSPC, EPIPE
+from types import TracebackType
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dither.cli.progress import Bar, Silent, Sparse
+from dither.errors import DitherError
+
+ERROR, UNEXPECTED, INTERRUPTED = 1, 70, 130  # exit codes; 2 is typer's for a command line that is wrong
+_LONG, _NAMED = 13, 6  # a text that is worth a short name, and how many names a reader keeps in mind
+WIDE = 200  # columns of a table that goes to a file, where nothing needs to wrap
+_TYPERS = (typer.Exit, typer.Abort, typer.BadParameter)
+
+
+class Terminal:
+    """A command runs `with` one; it turns every exception into one line on standard error and an exit code."""
+
+    def __init__(self, *, json: bool, quiet: bool, debug: bool) -> None:
+        """`json` puts data in the place of tables; `quiet` leaves only results and errors; `debug` adds tracebacks."""
+        self.json, self.quiet, self.debug = json, quiet or json, debug
+        wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
+        self.out = Console(file=sys.stdout, highlight=False, markup=False, width=wide)
+        self.err = Console(file=sys.stderr, highlight=False, markup=False)
+        self._warnings = warnings.catch_warnings()
+        self._log: logging.Handler | None = None
+
+    def __enter__(self) -> "Terminal":
+        self._warnings.__enter__()
+        if self.debug:
+            self._log, logger = logging.StreamHandler(sys.stderr), logging.getLogger("dither")
+            logger.addHandler(self._log)
+            logger.setLevel(logging.INFO)
+        else:
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            warnings.simplefilter("ignore")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._warnings.__exit__(None, None, None)
+        if self._log is not None:
+            logging.getLogger("dither").removeHandler(self._log)
+        if error is None or isinstance(error, _TYPERS) or not isinstance(error, Exception | KeyboardInterrupt):
+            return
+        if isinstance(error, OSError) and error.errno in (EPIPE, ENOSPC):
+            _give_up_output()
+        if isinstance(error, BrokenPipeError):  # nobody reads on: stop without a word
+            raise typer.Exit(ERROR) from None
+        if self.debug:
+            traceback.print_exception(error, file=sys.stderr)
+        code, line = _explain(error)
+        self.err.print(Text(" ".join(line.split())), soft_wrap=True)
+        raise typer.Exit(code) from None
+
+    def show(self, data: Mapping[str, Any]) -> None:
+        """The result as JSON, if that was asked for."""
+        if self.json:
+            sys.stdout.write(json_text.dumps(_plain(data), indent=1, allow_nan=False) + "\n")
+            sys.stdout.flush()
+
+    def table(
+        self, rows: Sequence[Mapping[str, str]], title: str = "", numbers: Sequence[str] = (), fold: bool = True
+    ) -> None:
+        """Rows as a table; with `fold`, a column's usual long text moves into the caption. Nothing with `--json`."""
+        if self.json or not rows:
+            return
+        shown, caption = _folded(rows) if fold else ([dict(row) for row in rows], "")
+        table = Table(
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+            title=Text(title, style="bold") if title else None,
+            title_justify="left",
+        )
+        for name in shown[0]:
+            table.add_column(Text(name), justify="right" if name in numbers else "left", overflow="fold")
+        for row in shown:
+            table.add_row(*(Text(cell) for cell in row.values()))
+        self.out.print(table)
+        if caption:
+            self.out.print(Text(caption, style="dim"))
+
+    def line(self, text: str = "") -> None:
+        """A line of the result for people."""
+        if not self.json:
+            self.out.print(Text(text), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A line beside the result."""
+        if not self.quiet:
+            self.err.print(Text(text), soft_wrap=True)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Callable[[str, float, int], None]]:
+        """A function (what, done, of) that shows how far a long work is."""
+        if self.quiet:
+            yield Silent()
+        elif not sys.stderr.isatty():
+            yield Sparse(self.note, title)
+        else:
+            with Bar(self.err, title) as bar:
+                yield bar
+
+
+def _give_up_output() -> None:
+    """Send what is still buffered to nowhere, so that closing standard output does not fail again."""
+    with suppress(OSError, ValueError):  # a test's standard output is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and line of an exception; its notes follow in brackets."""
+    notes = "; ".join(getattr(error, "__notes__", ()))
+    after = f" ({notes})" if notes else ""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, f"interrupted{after}"
+    if isinstance(error, DitherError):
+        return ERROR, f"error: {error}{after}"
+    if isinstance(error, OSError):  # the machine's fault, not the program's
+        return ERROR, f"error: {error}{after}"
+    kind = type(error).__name__
+    if kind in ("MemoryError", "OutOfMemoryError"):
+        return ERROR, f"error: out of memory; use fewer pictures (--samples, --count) or another --device{after}"
+    return UNEXPECTED, f"error: unexpected {kind}: {error}{after}; run again with --debug to see where"
+
+
+def _plain(value: Any) -> Any:
+    """Data that strict JSON can hold: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _folded(rows: Sequence[Mapping[str, str]]) -> tuple[list[dict[str, str]], str]:
+    """Long texts that a column repeats become short names, which the caption explains; one for all leaves its column."""
+    shown, said = [dict(row) for row in rows], []
+    for name in list(shown[0])[1:]:
+        texts = list(dict.fromkeys(row[name] for row in shown))
+        if max(map(len, texts)) < _LONG or len(texts) > min(_NAMED, len(shown) / 2):
+            continue
+        if len(texts) == 1:
+            said.append(f"{name}: {texts[0]}")
+            shown = [{key: cell for key, cell in row.items() if key != name} for row in shown]
+            continue
+        short = _short_names(texts)
+        said += [f"{short[text]} = {text}" for text in texts if short[text] != text]
+        shown = [{**row, name: short[row[name]]} for row in shown]
+    return shown, "\n".join(dict.fromkeys(said))
+
+
+def _short_names(texts: Sequence[str]) -> dict[str, str]:
+    """Formats by the part before the first colon, with a letter where that is not enough; short texts as they are."""
+    heads = {text: text.partition(":")[0] for text in texts if len(text) >= _LONG}
+    times, letters = Counter(heads.values()), iter("abcdefghij")
+    long = {text: head if times[head] == 1 else f"{head}.{next(letters)}" for text, head in heads.items()}
+    return {text: long.get(text, text) for text in texts}
