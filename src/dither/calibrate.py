@@ -1,4 +1,4 @@
-"""Steps on a block that methods share: quantize attention, reparameterize norms, fit input ranges, measure, solve, store."""
+"""Steps on a block that methods share: quantize attention, reparameterize norms, fit ranges, measure, solve, store."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,15 +15,13 @@ from dither.formats.activation import covered_range, fake_quantize, fit_activati
 from dither.formats.qtensor import QTensor
 from dither.formats.spec import QuantSpec
 from dither.models.layers import has_gram, set_weight_matrix, weight_matrix
-from dither.models.links import Link
+from dither.models.links import Link, same_output
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands
 from dither.statistics.gram import Gram
 from dither.statistics.sample import RowSample
 from dither.transforms.reparameterize import fold_into_linear, fold_into_norm, reparameterization
 from dither.walk import Block, Inputs, LayerRecord
-
-UNCHANGED = 1e-3  # relative; float32 folding leaves about 1e-6
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,9 @@ def reparameterize(
         scale, zero_point = fit_activation(sample.rows, per_channel)
         change = reparameterization(scale, zero_point, spec.symmetry != "asym", round_zero_point)
         if not _fold(block, link, change):
-            block.remarks[link.norm] = "not reparameterized: the fold changed the block's output"
+            bare = _bias(block.reference.get_submodule(block.local(link.norm))) is None and bool(change.shift.any())
+            hint = " (it takes no bias; a symmetric format needs none)" if bare else ""
+            block.remarks[link.norm] = f"not reparameterized: the fold changed the block's output{hint}"
             continue
         block.remarks[link.norm] = f"reparameterized with {len(link.layers)} layers"
         for name in link.layers:
@@ -101,7 +101,7 @@ def reparameterize(
 
 
 def _fold(block: Block, link: Link, change: Any) -> bool:
-    before = _some_output(block)
+    before = block.once()
     undo: list[Callable[[], None]] = []
     for network in (block.reference, block.module):
         norm = network.get_submodule(block.local(link.norm))
@@ -116,8 +116,7 @@ def _fold(block: Block, link: Link, change: Any) -> bool:
             undo.append(_restore(layer))
             folded, new_bias = fold_into_linear(weight_matrix(layer, name), _bias(layer), change)  # type: ignore[arg-type]
             set_weight_matrix(layer, folded, new_bias)  # type: ignore[arg-type]
-    after = _some_output(block)
-    if float((after - before).abs().amax()) <= UNCHANGED * float(before.abs().amax()):
+    if same_output(before, block.once()):
         return True
     for step in undo:
         step()
@@ -130,7 +129,7 @@ def _restore(module: nn.Module) -> Callable[[], None]:
 
     def restore() -> None:
         module.get_parameter("weight").data.copy_(weight)
-        module.bias = None if kept is None else nn.Parameter(kept, requires_grad=False)
+        module.register_parameter("bias", None if kept is None else nn.Parameter(kept, requires_grad=False))
 
     return restore
 
@@ -138,13 +137,6 @@ def _restore(module: nn.Module) -> Callable[[], None]:
 def _bias(module: nn.Module) -> Tensor | None:
     bias = getattr(module, "bias", None)
     return None if bias is None else bias.detach().float()
-
-
-def _some_output(block: Block) -> Tensor:
-    output = block.once()
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output.float()
 
 
 def measure(
@@ -156,7 +148,8 @@ def measure(
 ) -> tuple[list[LayerTask], dict[str, ActivationQuantizer]]:
     """Fit the input quantizers that are still missing, then accumulate a Gram of each layer's quantized inputs.
 
-    `specs` gives the input format of each layer to measure, None where the input stays in full precision. Returns what to solve and every layer's quantizer; layers whose outputs read different inputs have no Gram.
+    `specs` gives the input format of each layer to measure, None where the input stays in full precision. Returns what
+    to solve and every layer's quantizer; layers whose outputs read different inputs have no Gram.
     """
     quantizers = {name: fitted[name] for name in specs if name in fitted}
     first = _first_reader(block, specs)

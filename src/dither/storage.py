@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dither.errors import StorageError
 from dither.formats.spec import QuantSpec
-from dither.models.network import CONFIG, WEIGHTS, Network
+from dither.models.network import CONFIG, WEIGHTS, Network, first_names
 from dither.models.structure import describe
 from dither.nn.linear import QuantizedConv2d, QuantizedLinear
 
@@ -42,10 +42,25 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         try:
-            save_file({name: x.detach().contiguous().cpu() for name, x in tensors.items()}, partial, metadata)
+            partial.touch()
+            mode = partial.stat().st_mode  # what the umask allows; save_file would leave it to the owner alone
+            save_file(_apart(tensors), partial, metadata)
+            partial.chmod(mode)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, none in the memory of another, which safetensors refuses."""
+    parts: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        x = tensor.detach().cpu().contiguous()
+        place = x.untyped_storage().data_ptr()
+        parts[name] = x.clone() if place in seen else x
+        seen.add(place)
+    return parts
 
 
 def write_text(text: str, path: Path) -> None:
@@ -88,14 +103,8 @@ def write_network(network: Network, folder: Path) -> None:
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
     """The state without second names of one tensor, which safetensors refuses and loading ties again."""
-    seen: set[tuple[int, int, torch.Size]] = set()
-    state: dict[str, Tensor] = {}
-    for name, x in model.state_dict().items():
-        key = (x.data_ptr(), x.storage_offset(), x.shape)
-        if x.numel() == 0 or key not in seen:
-            state[name] = x
-        seen.add(key)
-    return state
+    state, first = model.state_dict(), first_names(model)
+    return {name: x for name, x in state.items() if first[name] == name}
 
 
 def verify(model: nn.Module, path: Path, structure: Mapping[str, Any]) -> None:

@@ -85,7 +85,9 @@ class Unfinished:
             return None
         try:
             data = json.loads(record.read_text())
+            device = next((x.device for x in model.get_submodule(unit.name).parameters()), None)
             rebuild(model, data["structure"])
+            model.get_submodule(unit.name).to(device)
             state = load_file(tensors)
             missing = model.load_state_dict(state, strict=False)
         except (OSError, ValueError, KeyError, RuntimeError, StorageError) as error:

@@ -1,7 +1,7 @@
 """The walk over a model: unit by unit in execution order, with what each unit sees in full precision and quantized.
 
-`walk` yields a `Block` at a time. A method measures its inputs, folds transforms and stores layers; when it asks for the
-next block, the finished one is handed to `on_done` (which writes it) and the passes move on.
+`walk` yields a `Block` at a time. A method measures its inputs, folds transforms and stores layers; when it asks for
+the next block, the finished one is handed to `on_done` (which writes it) and the passes move on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from dither.models.anatomy import Anatomy, Unit
 from dither.models.forward import Stream, suspended_at
 from dither.models.layers import input_rows, is_layer, quantized, weight_matrix
 from dither.models.links import Links, find_links, shared_inputs
-from dither.models.spill import Spill
+from dither.models.spill import Spill, tensors_in
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands, operands_seen, quantize_attention
 
@@ -104,8 +104,9 @@ class Block:
         for seen, original in self._passes(list(measures), inputs):
             for name, measure in measures.items():
                 for x, true in zip(seen[name], original[name], strict=True):
+                    rows = input_rows(self.layer(name), x)
                     try:
-                        part = measure(input_rows(self.layer(name), x), input_rows(self.layer(name), true))
+                        part = measure(rows, rows if true is x else input_rows(self.layer(name), true))
                     except NonFiniteError as error:
                         raise NonFiniteError(f"input of {name}: {error}") from None
                     results[name] = results[name].merge(part) if name in results else part
@@ -216,7 +217,8 @@ def walk(
     names = {"fp": ("fp",), "quantized": ("quantized",), "both": ("fp", "quantized")}[inputs]
     units = {unit.name: unit for unit in anatomy.units}
     streams: dict[str, Stream] = {}
-    with Spill(spill_budget, model.parameters()) as spill, suspended_at(model, list(units)):
+    protected = [*model.parameters(), *model.buffers(), *tensors_in(list(batches))]  # others read them meanwhile
+    with Spill(spill_budget, protected) as spill, suspended_at(model, list(units)):
         try:
             for name in names:
                 streams[name] = Stream(run, batches, spill)

@@ -13,12 +13,12 @@ METHOD = "dither"
 
 
 @register_quantization_config(METHOD)
-class DitherConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class DitherConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json: the structure of `dither.models.structure`."""
 
     def __init__(self, **structure: Any) -> None:
         structure.pop("quant_method", None)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.structure = structure
 
     def to_dict(self) -> dict[str, Any]:
@@ -27,13 +27,13 @@ class DitherConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class DitherQuantizer(HfQuantizer):  # type: ignore[misc]
+class DitherQuantizer(HfQuantizer):
     """Replaces layers by empty packed ones before transformers loads the tensors."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        rebuild(model, self.quantization_config.structure)
+        rebuild(model, self.quantization_config.to_dict())
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         return model

@@ -21,16 +21,21 @@ def register_when_imported() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Waits for one module, steps aside, and lets its loader register afterwards."""
+    """Waits for one module and lets its loader register afterwards; looking a module up is not yet loading it."""
+
+    looking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The target's own spec with a loader that registers; None for every other module."""
-        if fullname != TARGET:
+        if fullname != TARGET or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.looking = False
         if spec is not None and spec.loader is not None:
             spec.loader = _Then(spec.loader)
         return spec
@@ -47,6 +52,7 @@ class _Then(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module, then register."""
+        """Run the module, then register; nobody waits any more."""
         self.loader.exec_module(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
         importlib.import_module(QUANTIZER)

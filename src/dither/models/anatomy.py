@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dither.errors import InputError
 from dither.models.layers import is_layer
@@ -86,7 +87,8 @@ class _Trace:
 
 
 def _trace(model: nn.Module, run: Callable[[], object]) -> _Trace:
-    trace, stack, handles = _Trace(Counter(), [], []), [], []  # type: ignore[var-annotated]
+    trace, stack = _Trace(Counter(), [], []), list[str]()
+    handles: list[RemovableHandle] = []
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:

@@ -26,7 +26,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class _Pass(greenlet):
+class _Pass(greenlet):  # type: ignore[misc]
     """The greenlet of one batch; its class tells suspended passes from the walk's own calls."""
 
 
@@ -34,13 +34,16 @@ class _Pass(greenlet):
 def suspended_at(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
     """While open, a unit that is called from a `_Pass` suspends it; called by anyone else it just runs."""
     modules = {name: model.get_submodule(name) for name in units}
+    own = {name: module.__dict__["forward"] for name, module in modules.items() if "forward" in module.__dict__}
     for name, module in modules.items():
-        module.forward = _suspending(name, module.forward)  # type: ignore[method-assign]
+        module.forward = _suspending(name, module.forward)
     try:
         yield
     finally:
-        for module in modules.values():
+        for name, module in modules.items():
             del module.forward
+            if name in own:
+                module.forward = own[name]
 
 
 def _suspending(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,7 +65,11 @@ class Stream:
         self._spill = spill
         self.calls: list[Call] = []
         self.results: list[Any] = []
-        self._take([one.switch(batch) for one, batch in zip(self._passes, batches, strict=True)])
+        try:
+            self._take([one.switch(batch) for one, batch in zip(self._passes, batches, strict=True)])
+        except BaseException:
+            self.close()
+            raise
 
     def _take(self, states: list[Any]) -> None:
         self.calls = [state for state in states if isinstance(state, Call)]

@@ -11,6 +11,7 @@ from dither.formats.qtensor import QTensor
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.linear import ConvGeometry, PackedWeight, QuantizedConv2d, QuantizedLinear
 
+_PATCHES = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _FORWARDS = (nn.Linear.forward, nn.Conv2d.forward)
 
 
@@ -49,9 +50,11 @@ def input_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "*b i"]
     return x if isinstance(layer, nn.Linear) else ConvGeometry(layer).rows(x)
 
 
-def channels_last(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "*b c"]:
-    """The input with its channels on the last axis, for range statistics."""
-    return x if isinstance(layer, nn.Linear) else x.movedim(1, -1)
+def rows_alike(one: nn.Linear | nn.Conv2d, two: nn.Linear | nn.Conv2d) -> bool:
+    """Whether two layers that are given the same tensor multiply the same rows; kernels may cut other patches."""
+    if isinstance(one, nn.Conv2d) and isinstance(two, nn.Conv2d):
+        return all(getattr(one, key) == getattr(two, key) for key in _PATCHES)
+    return isinstance(one, nn.Linear) and isinstance(two, nn.Linear)
 
 
 def quantized(

@@ -5,16 +5,18 @@ that output: with the change undone at those layers, the block must put out what
 window partitions are seen through, while paddings, residuals and other readers are noticed, in any architecture.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dither.models.layers import is_layer
+from dither.models.layers import is_layer, rows_alike
 
-_TOLERANCE = 1e-3  # float32 rounding through a block stays near 1e-6; a second reader changes the output by ~0.1
+_ARRIVED = 0.02  # of each value; float16 and bfloat16 round within it, and an output that was not changed is far off
+_UNCHANGED = 1e-3  # of each channel; float32 rounding through a block stays near 1e-6, a second reader makes ~0.1
+_Inputs = dict[str, list[Tensor]]  # layer → what arrived, call by call
 
 
 @dataclass(frozen=True)
@@ -48,30 +50,45 @@ def find_links(block: nn.Module, run: Callable[[], Any]) -> Links:
         if not altered.applied:
             links.refused[name] = "its channels are not on the last axis"
             continue
-        readers = [key for key, x in after.items() if key in before and _arrives(before[key], x, scale, shift)]
+        linear = [key for key in after if key in before and isinstance(layers[key], nn.Linear)]
+        readers = [key for key in linear if _arrives(before[key], after[key], scale, shift)]
         if not readers:
             links.refused[name] = "no layer reads its output channel by channel"
             continue
         undone = _run_undone(norm, [layers[key] for key in readers], scale, shift, run)
-        if _relative(_first_tensor(output), _first_tensor(undone)) > _TOLERANCE:
-            links.refused[name] = "something besides the layers " + ", ".join(readers) + " reads its output"
-        else:
+        if same_output(output, undone):
             links.found.append(Link(name, tuple(readers)))
+        else:
+            links.refused[name] = "something besides the layers " + ", ".join(readers) + " reads its output"
     return links
 
 
-def shared_inputs(layers: dict[str, nn.Module], run: Callable[[], Any]) -> list[tuple[str, ...]]:
-    """Groups of two or more layers that read the same input (q, k, v; gate, up), in execution order."""
+def shared_inputs(layers: Mapping[str, nn.Linear | nn.Conv2d], run: Callable[[], Any]) -> list[tuple[str, ...]]:
+    """Groups of two or more layers that multiply the same rows of inputs (q, k, v; gate, up), in execution order."""
     inputs, _ = _inputs(layers, run)
     groups: list[list[str]] = []
-    for name, x in inputs.items():
-        home = next((group for group in groups if _same(inputs[group[0]], x)), None)
+    for name in inputs:
+        home = next((group for group in groups if _same_rows(layers, inputs, group[0], name)), None)
         groups.append([name]) if home is None else home.append(name)
     return [tuple(group) for group in groups if len(group) > 1]
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
+def same_output(before: Any, after: Any) -> bool:
+    """Whether two outputs of a block (their first tensors) differ by no more than rounding.
+
+    Each channel counts by its own size: beside the huge channels that some networks have, a real change looks small.
+    """
+    old, new = (torch.atleast_1d(_first_tensor(output)) for output in (before, after))
+    rows, changed = (x.float().reshape(-1, x.shape[-1]) for x in (old, new))
+    size, error = rows.norm(dim=0), (changed - rows).norm(dim=0)
+    size = size.clamp_min(_UNCHANGED * float(size.median())).clamp_min(torch.finfo(torch.float32).tiny)
+    return bool((error <= max(_UNCHANGED, 8 * torch.finfo(old.dtype).eps) * size).all())
+
+
+def _same_rows(layers: Mapping[str, nn.Linear | nn.Conv2d], inputs: _Inputs, one: str, two: str) -> bool:
+    if not rows_alike(layers[one], layers[two]) or len(inputs[one]) != len(inputs[two]):
+        return False
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(inputs[one], inputs[two], strict=True))
 
 
 def _is_channel_norm(module: nn.Module) -> bool:
@@ -87,14 +104,12 @@ def _change(norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     return 1 + draw[0] / 2, draw[1]
 
 
-def _inputs(layers: dict[str, nn.Module], run: Callable[[], Any]) -> tuple[dict[str, Tensor], Any]:
-    seen: dict[str, Tensor] = {}
+def _inputs(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> tuple[_Inputs, Any]:
+    """What arrives at each layer, and what `run` returns."""
+    seen: _Inputs = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.setdefault(name, args[0].detach())
-
-        return hook
+        return lambda _module, args: seen.setdefault(name, []).append(args[0].detach())
 
     handles = [module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]
     try:
@@ -118,17 +133,23 @@ class _Altered:
 
     def _change(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         self.applied = output.shape[-1] == self.scale.shape[0]
-        return output * self.scale + self.shift if self.applied else output
+        return (output * self.scale + self.shift).to(output.dtype) if self.applied else output
 
 
-def _arrives(before: Tensor, after: Tensor, scale: Tensor, shift: Tensor) -> bool:
-    if before.shape != after.shape or before.shape[-1] != scale.shape[0]:
+def _arrives(before: list[Tensor], after: list[Tensor], scale: Tensor, shift: Tensor) -> bool:
+    """Whether every value at every call is the changed one; value by value, so that the zeros of a padding count."""
+    if [x.shape for x in before] != [x.shape for x in after] or before[0].shape[-1:] != scale.shape:
         return False
-    return _relative(before * scale + shift, after) < _TOLERANCE
+    near = ((old.abs() * scale + shift.abs()) * _ARRIVED for old in before)
+    errors = ((old * scale + shift - new).abs() for old, new in zip(before, after, strict=True))
+    return all(bool((error <= limit).all()) for error, limit in zip(errors, near, strict=True))
 
 
 def _run_undone(norm: nn.Module, readers: list[nn.Module], scale: Tensor, shift: Tensor, run: Callable[[], Any]) -> Any:
-    handles = [m.register_forward_pre_hook(lambda _m, a: ((a[0] - shift) / scale, *a[1:])) for m in readers]
+    def undo(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return ((args[0] - shift) / scale).to(args[0].dtype), *args[1:]
+
+    handles = [reader.register_forward_pre_hook(undo) for reader in readers]
     try:
         with _Altered(norm, scale, shift):
             return run()
@@ -139,9 +160,5 @@ def _run_undone(norm: nn.Module, readers: list[nn.Module], scale: Tensor, shift:
 
 def _first_tensor(output: Any) -> Tensor:
     while not isinstance(output, Tensor):
-        output = output[0]
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     return output
-
-
-def _relative(reference: Tensor, other: Tensor) -> float:
-    return float((reference - other).abs().amax() / reference.abs().amax().clamp_min(1e-12))

@@ -1,5 +1,6 @@
 """A network to work on: the module, where it came from, how to call it, how its pictures are prepared."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,16 +36,20 @@ class Network:
     processor: ImageProcessor | None = None
 
     def run(self, batch: Any) -> Any:
-        """Call the model on a batch: a tensor, a tuple of arguments or a dict of named ones."""
+        """Call the model on a batch: a tensor, a tuple of arguments or a dict of named ones.
+
+        A cache of keys and values is switched off: a block that runs several times on the same inputs would fill it.
+        """
+        options = {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
         if isinstance(batch, Mapping):
-            return self.model(**batch)
-        return self.model(*batch) if isinstance(batch, tuple | list) else self.model(batch)
+            return self.model(**options | dict(batch))
+        return self.model(*batch, **options) if isinstance(batch, tuple | list) else self.model(batch, **options)
 
     @property
     def config(self) -> dict[str, Any]:
         """The model's configuration as plain data; empty for a plain module."""
         config = getattr(self.model, "config", None)
-        if hasattr(config, "to_dict"):
+        if config is not None and hasattr(config, "to_dict"):
             return dict(config.to_dict())
         return dict(config) if isinstance(config, Mapping) else {}
 
@@ -182,15 +187,26 @@ def load_into(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load tensors strictly.
+    """Load tensors strictly; a tensor that the model has under several names is stored under the first.
 
     Raises:
         StorageError: names or shapes differ.
     """
+    tied = {name: state[first] for name, first in first_names(model).items() if first in state}
     try:
-        model.load_state_dict(dict(state), strict=True)
+        model.load_state_dict({**tied, **state}, strict=True)
     except RuntimeError as error:
         raise StorageError(f"{where} does not fit {type(model).__name__}: {error}") from None
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """For each name in the model's state, the first name of the same tensor: another one where weights are tied."""
+    first: dict[tuple[Any, ...], str] = {}
+    names = {}
+    for name, x in model.state_dict().items():
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype) if x.numel() and x.device.type != "meta" else (name,)
+        names[name] = first.setdefault(key, name)
+    return names
 
 
 def _timm_processor(model: nn.Module) -> ImageProcessor | None:

@@ -27,8 +27,8 @@ class Spill:
         self._count = 0
 
     def park(self, value: Any) -> None:
-        """Count the tensors inside a nest of tuples, lists and dicts; write them out where the budget is used up."""
-        for tensor in _unique(value):
+        """Count the tensors of a nest and write them out where the budget is used up."""
+        for tensor in tensors_in(value):
             storage = tensor.untyped_storage()
             key = storage._cdata  # names the storage while we hold a tensor on it
             if key in self._parked or storage.data_ptr() in self._protected or not storage.nbytes():
@@ -42,7 +42,7 @@ class Spill:
 
     def fetch(self, value: Any) -> None:
         """Bring back what `park` put away and stop counting it."""
-        for tensor in _unique(value):
+        for tensor in tensors_in(value):
             entry = self._parked.pop(tensor.untyped_storage()._cdata, None)
             if entry is None:
                 continue
@@ -75,11 +75,11 @@ class Spill:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def _unique(value: Any) -> list[Tensor]:
-    """Tensors with storages of their own, in a nest of containers; the first of several views stands for all."""
+def tensors_in(value: Any) -> list[Tensor]:
+    """Tensors with storages of their own, in a nest of tuples, lists and dicts; one of several views stands for all."""
     found: dict[int, Tensor] = {}
     queue = [value]
     while queue:

@@ -50,7 +50,7 @@ def _is_bare_norm(module: nn.Module) -> bool:
 
 
 def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> None:
-    """Replace the modules of a full-precision skeleton by empty quantized ones, in place, ready for a state to be loaded.
+    """Replace modules of a full-precision skeleton by empty quantized ones, in place, ready for a state to be loaded.
 
     Raises:
         StorageError: the skeleton lacks a module that the structure names, or the structure is of a newer schema.

@@ -92,6 +92,16 @@ class _Packed(nn.Module):
 class QuantizedLinear(_Packed):
     """y = Q(x) Ŵᵀ + b with Ŵ dequantized from packed codes."""
 
+    @property
+    def in_features(self) -> int:
+        """As torch.nn.Linear's."""
+        return self.packed.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """As torch.nn.Linear's."""
+        return self.packed.shape[0]
+
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """As torch.nn.Linear."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -117,6 +127,11 @@ class QuantizedConv2d(_Packed):
             )
         super().__init__(packed, bias, input_quantizer, dtype)
         self.geometry = geometry
+        # models compute paddings from these, which they expect of a torch.nn.Conv2d
+        self.kernel_size, self.stride, self.dilation = geometry.kernel, geometry.stride, geometry.dilation
+        self.groups, self.padding_mode, self.padding = geometry.groups, geometry.mode, geometry.padding
+        self.out_channels, patch = packed.shape
+        self.in_channels = patch // (geometry.kernel[0] * geometry.kernel[1]) * geometry.groups
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o y x"]:
         """As torch.nn.Conv2d."""
@@ -134,7 +149,7 @@ class ConvGeometry:
 
     def __init__(self, conv: nn.Conv2d) -> None:
         self.kernel, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.groups, self.mode = conv.groups, conv.padding_mode
+        self.groups, self.mode, self.padding = conv.groups, conv.padding_mode, conv.padding
         # torch keeps (left, right, top, bottom) of 'same' and of non-zero padding in this private field
         self.edges: list[int] = list(conv._reversed_padding_repeated_twice)
 

@@ -32,7 +32,10 @@ class RowSample:
         """The sample of one batch, of at most `values` numbers but at least 256 rows."""
         rows = as_rows(x)
         capacity = max(256, values // rows.shape[1])
-        return cls(_smallest_hashes(rows, capacity), MinMax.of(rows), capacity)
+        kept = _smallest_hashes(rows, capacity)
+        # a view would change, or vanish, with the activations that it was taken from
+        kept = kept.clone() if kept.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else kept
+        return cls(kept, MinMax.of(rows), capacity)
 
     def merge(self, other: "RowSample") -> "RowSample":
         """The sample of both, as large as the smaller capacity allows."""
