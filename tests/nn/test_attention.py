@@ -154,6 +154,13 @@ def test_products_with_weights_and_two_dimensional_products_are_no_attention() -
     assert seen.names == []
 
 
+def test_one_attention_after_the_other_starts_anew() -> None:
+    query, key, value, seen = drawn(2, 4, 5, 8), drawn(2, 4, 5, 8, seed=1), drawn(2, 4, 5, 8, seed=2), Seen()
+    with OperandMode(seen):
+        eager(eager(query, key, value), key, value)
+    assert seen.names == [*OPERANDS, *OPERANDS]
+
+
 def test_probabilities_with_a_sink_are_seen_without_it() -> None:
     query, key, value, seen = drawn(2, 4, 5, 8), drawn(2, 4, 7, 8, seed=1), drawn(2, 4, 7, 3, seed=2), Seen()
     with OperandMode(seen):
@@ -163,10 +170,11 @@ def test_probabilities_with_a_sink_are_seen_without_it() -> None:
     assert float(seen.tensors["probabilities"].sum(-1).max()) < 1
 
 
-def test_a_softmax_that_is_no_attention_does_not_shift_the_names() -> None:
+@pytest.mark.parametrize("stray", [(5, 3), (2, 6, 3)])
+def test_a_softmax_that_is_no_attention_does_not_shift_the_names(stray: tuple[int, ...]) -> None:
     query, key, value, seen = drawn(2, 4, 5, 8), drawn(2, 4, 7, 8, seed=1), drawn(2, 4, 7, 3, seed=2), Seen()
     with OperandMode(seen):
-        torch.softmax(drawn(10, 3), dim=-1)  # as a router over experts
+        torch.softmax(drawn(*stray), dim=-1)  # as a router over experts
         eager(query, key, value)
     assert seen.names == list(OPERANDS)
     assert torch.equal(seen.tensors["query"], query) and torch.equal(seen.tensors["value"], value)

@@ -130,7 +130,8 @@ def test_refining_everything_is_never_worse_and_ends_with_the_best_bias(
 
 
 def test_after_enough_refinement_no_single_move_helps_even_with_the_bias_refitted() -> None:
-    x, target, spec = inputs(60, 6, ones=True), drawn(3, 7, seed=2), QuantSpec.parse("int3:asym")
+    x, target, spec = inputs(60, 6, ones=True), drawn(30, 7, seed=2), QuantSpec.parse("int3:asym")
+    x[:, :6] += 2  # a mean that the bias can absorb
     gram, grid, lam = x.T @ x, fit_grid(target[:, :6], spec), 0.7
     H = gram + lam * torch.eye(7, dtype=gram.dtype)
     found = refine_all(torch.cat([grid.round(target[:, :6]), target[:, 6:]], dim=1), target, gram, grid, 6, lam, 1000)
