@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dither.errors import InputError
+from dither.errors import DitherError, InputError
 from dither.models.layers import is_layer
 from dither.nn.attention import OperandMode
 
@@ -47,9 +47,15 @@ def read_anatomy(model: nn.Module, run: Callable[[], object]) -> Anatomy:
     """Run the model once (`run`) and tell what it is made of.
 
     Raises:
-        InputError: it holds no layer that dither can quantize.
+        InputError: it holds no layer that dither can quantize, or cannot be run.
     """
-    trace = _trace(model, run)
+    try:
+        trace = _trace(model, run)
+    except DitherError:
+        raise
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        kind = type(model).__name__
+        raise InputError(f"{kind} fails on the first calibration batch: {error}; give it inputs as it expects") from error
     names = {name: module for name, module in model.named_modules() if is_layer(module)}
     if not names:
         raise InputError(f"{type(model).__name__} has no Linear or Conv2d layer: there is nothing to quantize")

@@ -78,7 +78,7 @@ def same_output(before: Any, after: Any) -> bool:
 
     Each channel counts by its own size: beside the huge channels that some networks have, a real change looks small.
     """
-    old, new = (torch.atleast_1d(_first_tensor(output)) for output in (before, after))
+    old, new = (torch.atleast_1d(_first_tensor(output).detach()) for output in (before, after))
     rows, changed = (x.float().reshape(-1, x.shape[-1]) for x in (old, new))
     size, error = rows.norm(dim=0), (changed - rows).norm(dim=0)
     size = size.clamp_min(_UNCHANGED * float(size.median())).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,148 @@
+"""Suspended passes: the same output as an ordinary call, from memory or disk, and nothing left behind."""
+
+import gc
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dither.errors import InputError
+from dither.models.anatomy import read_anatomy
+from dither.models.forward import Stream, suspended_at
+from dither.models.network import Network
+from dither.models.spill import Spill, tensors_in
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which temporary files would be."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def advance(stream: Stream, model: nn.Module) -> None:
+    """Run every pass over its unit with the unit's own weights."""
+    unit = stream.unit
+    assert unit is not None
+    stream.resume(stream.outputs(model.get_submodule(unit)))
+
+
+def through(network: Any, batches: list[Any], budget: int, streams: int = 1) -> list[list[Any]]:
+    run = Network(network.model, "tiny").run
+    units = [unit.name for unit in read_anatomy(network.model, lambda: run(batches[0])).units]
+    kept = [*network.model.parameters(), *network.model.buffers(), *tensors_in(batches)]
+    with torch.no_grad(), Spill(budget, kept) as spill, suspended_at(network.model, units):
+        open_streams = [Stream(run, batches, spill) for _ in range(streams)]
+        for unit in units:
+            for stream in open_streams:
+                assert stream.unit == unit
+                advance(stream, network.model)
+        assert all(stream.unit is None for stream in open_streams)
+        assert (spill.spilled > 0) == (budget == 0)
+        assert not spill._parked
+    return [stream.results for stream in open_streams]
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ViTForImageClassification",
+        "SwinForImageClassification",
+        "BertForSequenceClassification",
+        "LlamaForCausalLM",
+        "SegformerForImageClassification",
+        "ConvNextForImageClassification",
+    ],
+)
+def test_passes_put_out_what_the_model_does(tiny: Callable[..., Any], temporary: Path, name: str, budget: int) -> None:
+    network = tiny(name)
+    batches = [network.batch(2, seed=1), network.batch(3, seed=2), network.batch(1, seed=3)]
+    expected = [network.logits(batch) for batch in batches]
+    for results in through(network, batches, budget, streams=2):
+        for result, true in zip(results, expected, strict=True):
+            assert torch.equal(logits(result), true)
+    assert list(temporary.iterdir()) == []
+    for batch, true in zip(batches, expected, strict=True):
+        assert torch.equal(network.logits(batch), true)
+
+
+def test_batches_that_are_views_of_one_tensor_stay_whole(tiny: Callable[..., Any]) -> None:
+    network = tiny()
+    pixels = network.batch(5)
+    expected = pixels.clone()
+    through(network, list(pixels.split(2)), budget=0)
+    assert torch.equal(pixels, expected)
+
+
+def test_a_call_from_elsewhere_runs_as_always_and_forward_is_restored(tiny: Callable[..., Any]) -> None:
+    network = tiny()
+    expected = network.logits(network.batch(2))
+    own = network.model.classifier
+    own.forward = own.forward  # as a library that wraps a module does
+    with suspended_at(network.model, ["vit.layers.0", "classifier"]):
+        assert torch.equal(network.logits(network.batch(2)), expected)
+    assert "forward" not in network.model.vit.layers[0].__dict__
+    assert "forward" in own.__dict__
+    assert torch.equal(network.logits(network.batch(2)), expected)
+
+
+class Unwound(nn.Module):
+    """Notes that its pass was unwound."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.unwound = nn.Linear(2, 2), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.fc(x)
+        finally:
+            self.unwound += 1
+
+
+def test_closing_unwinds_the_passes_that_wait() -> None:
+    model = Unwound()
+    with Spill(0) as spill, suspended_at(model, ["fc"]):
+        stream = Stream(model, [torch.ones(1, 2), torch.ones(2, 2)], spill)
+        assert model.unwound == 0
+        stream.close()
+        assert model.unwound == 2
+        stream.close()
+
+
+def test_an_error_of_the_model_unwinds_the_passes_that_wait_already() -> None:
+    model = Unwound()
+
+    def run(x: Tensor) -> Tensor:
+        if x.shape[0] == 2:
+            raise RuntimeError("too many")
+        return model(x)
+
+    with Spill(0) as spill, suspended_at(model, ["fc"]), pytest.raises(RuntimeError, match="too many") as caught:
+        Stream(run, [torch.ones(1, 2), torch.ones(2, 2)], spill)
+    assert model.unwound == 1
+    del caught
+    gc.collect()
+
+
+def test_batches_that_take_different_ways_are_refused() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.ModuleDict({"first": first, "second": second})
+
+    def run(x: Tensor) -> Tensor:
+        return first(x) if x.shape[0] == 1 else second(x)
+
+    with Spill(0) as spill, suspended_at(model, ["first", "second"]):
+        with pytest.raises(InputError, match=r"different ways through the model \(\['first', 'second'\]\)"):
+            Stream(run, [torch.ones(1, 2), torch.ones(2, 2)], spill)
+        with pytest.raises(InputError, match="different ways"):
+            Stream(lambda x: x if x.shape[0] == 1 else second(x), [torch.ones(1, 2), torch.ones(2, 2)], spill)
