@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
 CHECK = 8  # steps between looks at which rows still move
 
 
@@ -32,7 +31,7 @@ def refine_codes(
     rows = torch.arange(codes.shape[0], device=codes.device)  # those that may still move
     state = [codes.clone(), 2 * error @ proxy, *bounds, scale, curvature, noise]
     for step in range(1, steps + 1):
-        moved = _move_(*state, proxy=proxy)
+        moved = _move_(proxy, *state)
         if step % CHECK == 0 or step == steps:  # rows at rest leave; asking at every step would stall a GPU
             result[rows] = state[0]
             moving = moved[:, 0].nonzero()[:, 0]
@@ -44,6 +43,7 @@ def refine_codes(
 
 
 def _move_(
+    proxy: Float[Tensor, "n n"],
     codes: Float[Tensor, "r n"],
     gradient: Float[Tensor, "r n"],
     low: Float[Tensor, "r n"],
@@ -51,7 +51,6 @@ def _move_(
     scale: Float[Tensor, "r n"],
     curvature: Float[Tensor, "r n"],
     noise: Float[Tensor, "r 1"],
-    proxy: Float[Tensor, "n n"],
 ) -> Float[Tensor, "r 1"]:
     """Each row's best move, written into codes and gradient; +1, -1, or 0 for a row at rest.
 
