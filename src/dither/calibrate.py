@@ -83,7 +83,7 @@ def reparameterize(
     """
     links, quantizers = block.links(), {}
     block.remarks |= {name: f"not reparameterized: {reason}" for name, reason in links.refused.items()}
-    per_channel = spec.model_copy(update={"granularity": "channel"})
+    per_channel = spec.model_copy(update={"granularity": "channel", "dynamic": False})
     for link in links.found:
         first = link.layers[0]
         sample = block.observe({first: _sample}, inputs)[first]
@@ -96,7 +96,8 @@ def reparameterize(
             continue
         block.remarks[link.norm] = f"reparameterized with {len(link.layers)} layers"
         for name in link.layers:
-            quantizers[name] = ActivationQuantizer(spec).set((change.scale, change.zero_point))
+            quantizer = ActivationQuantizer(spec)  # a dynamic range is not set, but gains from like channels too
+            quantizers[name] = quantizer if spec.dynamic else quantizer.set((change.scale, change.zero_point))
     return quantizers
 
 

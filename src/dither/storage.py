@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -135,7 +136,7 @@ def verify(model: nn.Module, path: Path, structure: Mapping[str, Any]) -> None:
                 raise StorageError(f"{str(path)!r}: weight {name} decodes to other values than in memory")
 
 
-def decode(parts: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def decode(parts: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> Float[np.ndarray, "o i"]:
     """The float32 weight [o, i] of stored parts, from the format's definition alone."""
     rows, columns = shape
     codes = _stream(parts["codes"], spec.bits, columns).astype(np.float32)
@@ -153,12 +154,12 @@ def decode(parts: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...])
     if spec.dual:
         column = _stream(parts["column_set"][None], 1, columns)[0]
     where = np.ix_(row, column)
-    result: np.ndarray[Any, Any] = scale[where] * (codes - zero[where])
+    result: Float[np.ndarray, "o i"] = scale[where] * (codes - zero[where])
     return result
 
 
-def _stream(packed: Tensor, bits: int, count: int) -> np.ndarray[Any, Any]:
+def _stream(packed: Tensor, bits: int, count: int) -> Int[np.ndarray, "r n"]:
     stream = np.unpackbits(packed.numpy(), axis=1, bitorder="little")[:, : count * bits]
     weights = (1 << np.arange(bits)).astype(np.int64)
-    values: np.ndarray[Any, Any] = stream.reshape(len(packed), count, bits).astype(np.int64) @ weights
+    values: Int[np.ndarray, "r n"] = stream.reshape(len(packed), count, bits).astype(np.int64) @ weights
     return values

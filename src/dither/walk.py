@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,10 +26,14 @@ from dither.nn.attention import AttentionOperands, operands_seen, quantize_atten
 Inputs = Literal["fp", "quantized", "both"]
 
 
+T = TypeVar("T")
+
+
+@runtime_checkable
 class Mergeable(Protocol):
     """What `Block.observe` accumulates."""
 
-    def merge(self, other: Self) -> Self:
+    def merge(self: T, other: T) -> T:
         """A new statistic over both."""
         ...
 

@@ -1,4 +1,4 @@
-"""What a network is made of: units in execution order, no layer lost, attention found, a reason for all that is kept."""
+"""What a network is made of: units in order, no layer lost, attention found, a reason for all that is kept."""
 
 from collections.abc import Callable
 from typing import Any

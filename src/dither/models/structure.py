@@ -59,7 +59,8 @@ def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> None:
         raise StorageError(f"expected quantization schema {SCHEMA}, got {structure.get('schema')}; update dither")
     for name, entry in structure["layers"].items():
         holder, _, leaf = name.rpartition(".")
-        setattr(_module(model, holder), leaf, _empty_layer(_module(model, name), name, entry))
+        empty = _empty_layer(_module(model, name), name, entry)
+        setattr(_module(model, holder), leaf, empty)
     for owner, operands in structure["attention"].items():
         quantizers = {key: quantizer for key, one in operands.items() if (quantizer := _empty_quantizer(one))}
         quantize_attention(_module(model, owner), AttentionOperands(quantizers))

@@ -1,6 +1,6 @@
 """The contract of every statistic, and the check that its input is finite."""
 
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from dither.errors import NonFiniteError
 S = TypeVar("S")
 
 
+@runtime_checkable
 class Statistic(Protocol):
     """An accumulator; `merge` is associative, so one pass, several processes and several machines agree."""
 
