@@ -35,8 +35,10 @@ METHODS = {
     "repq + ridge": "erq-v1+absorb=false+refine_steps=0",
     "erq v1": "erq-v1",
     "erq v2": "erq-v2",
-    "columns on fp inputs, one grid": "erq+inputs=fp+dual=false",
-    "columns on fp inputs": "erq+inputs=fp",
+    "erq, fp inputs": "erq+inputs=fp",
+    "erq, one grid": "erq+dual=false",
+    "erq, no refinement": "erq+refine_steps=0",
+    "erq, no aqer": "erq+absorb=false",
     "erq": "erq",
 }
 SETTINGS = ("int4/int4", "int3/int4", "int3/int3", "int2/int4")
@@ -131,15 +133,17 @@ def collect(given: argparse.Namespace) -> list[dict[str, Any]]:
     labels = [label for label, _ in _labelled(given.methods)]
     jobs = [
         (given, model, label, setting, seed)
+        for seed in range(given.seeds)
         for model in given.models
         for setting in given.settings
-        for seed in range(given.seeds)
         for label in labels
     ]
-    runs = []
+    runs: list[dict[str, Any]] = []
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
         for run in pool.imap_unordered(_job, jobs):
             runs.append(run)
+            given.out.with_suffix(".json").write_text(json.dumps({"runs": runs}) + "\n")  # a killed run keeps these
             print(
                 f"{len(runs)}/{len(jobs)} {run['model']} {run['setting']} {run['method']} {run['top1']:.4f}", flush=True
             )
@@ -199,7 +203,6 @@ def main() -> None:
         "workers": given.workers,
         "methods": dict(_labelled(given.methods)),
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "runs": runs}, indent=1) + "\n")
     given.out.with_suffix(".md").write_text(table(runs, facts))
     print(table(runs, facts))

@@ -15,8 +15,10 @@ OUTLIER_PERCENTILE = 0.99  # ERQ v2 released code: 99th of the positive, 1st of 
 OUTLIER_COLUMNS_PER_ROW = 20  # ERQ v2 released code: one outlier column for every 20 output rows
 
 
-def fit_grid(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Grid:
+def fit_grid(weight: Float[Tensor, "o i"], spec: QuantSpec, importance: Float[Tensor, " i"] | None = None) -> Grid:
     """The grid of least error (as `spec.search` defines it) for a weight matrix.
+
+    `importance` weighs the error in each column, as the mean square of its input does for the layer's output.
 
     Raises:
         SpecError: the format cannot hold a weight (token granularity, logarithmic codes).
@@ -24,11 +26,16 @@ def fit_grid(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Grid:
     """
     if spec.kind != "int" or spec.granularity == "token":
         raise SpecError(f"weights need a uniform format per tensor, channel or group, got {spec}; try int{spec.bits}")
+    importance = weight.new_ones(weight.shape[1]) if importance is None else importance.to(weight)
+    importance = (
+        importance + 1e-6 * importance.mean() + torch.finfo(weight.dtype).tiny
+    )  # a dead group still has a range
     if spec.dual:
-        return _fit_dual(weight, spec)
+        return _fit_dual(weight, spec, importance)
     rows, columns = weight.shape
     cells, shape = _cells(weight, spec), grid_shape(spec, rows, columns)
-    scale, zero_point = affine(*search_range(cells, spec), spec)
+    weighed = _cells(importance.expand(rows, columns), spec)
+    scale, zero_point = affine(*search_range(cells, spec, importance=weighed), spec)
     device = weight.device
     return Grid(
         spec, scale.reshape(shape), zero_point.reshape(shape), row_index(spec, rows, device),
@@ -49,13 +56,14 @@ def _cells(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Float[Tensor, "n m"
     return weight.reshape(rows // size, size, columns).transpose(1, 2).reshape(-1, size)
 
 
-def _fit_dual(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Grid:
+def _fit_dual(weight: Float[Tensor, "o i"], spec: QuantSpec, importance: Float[Tensor, " i"]) -> Grid:
     """Two grids a row: one for the outlier columns, one for the others (ERQ v2, dual uniform quantization)."""
     outlier = outlier_columns(weight)
-    sides = [
-        weight[:, chosen] if bool(chosen.any()) else weight for chosen in (~outlier, outlier)
-    ]  # one column: no side
-    parts = [affine(*search_range(side, spec), spec) for side in sides]
+    parts = []
+    for chosen in (~outlier, outlier):
+        side = chosen if bool(chosen.any()) else ~chosen  # a single column has no other side
+        weighed = importance[side].expand(weight.shape[0], -1)
+        parts.append(affine(*search_range(weight[:, side], spec, importance=weighed), spec))
     scale, zero_point = (torch.stack([part[k] for part in parts], dim=1) for k in (0, 1))
     return Grid(spec, scale, zero_point, None, outlier.long())
 

@@ -89,10 +89,16 @@ def _open(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec) 
     return torch.where(empty, floor, low), torch.where(empty, torch.ones_like(high), high)
 
 
-def search_range(cells: Float[Tensor, "n m"], spec: QuantSpec, stored: bool = True) -> Bounds:
+def search_range(
+    cells: Float[Tensor, "n m"],
+    spec: QuantSpec,
+    stored: bool = True,
+    importance: Float[Tensor, "n m"] | None = None,
+) -> Bounds:
     """Low and high of each cell: its extremes, or the candidate of least squared error (of norm 2.4 for `mse`).
 
-    `stored` as in `affine`, so that candidates are judged by the scales that will be used.
+    `stored` as in `affine`, so that candidates are judged by the scales that will be used; `importance` weighs the
+    error of each value.
     """
     low, high = cells.amin(dim=1), cells.amax(dim=1)
     if spec.search == "minmax":
@@ -100,21 +106,27 @@ def search_range(cells: Float[Tensor, "n m"], spec: QuantSpec, stored: bool = Tr
     if spec.search == "percentile":
         lows, highs = quantiles(cells, [1 - p for p in spec.percentiles]), quantiles(cells, spec.percentiles)
         candidates = list(zip(lows, highs, strict=True))
-        return _least_error(cells, candidates, spec, 2.0, stored)
+        return _least_error(cells, candidates, spec, 2.0, stored, importance)
     shrinks = [1 - step * (1 - _SHRINK_TO) / _SHRINK_STEPS for step in range(_SHRINK_STEPS)]
-    return _least_error(cells, [(low * p, high * p) for p in shrinks], spec, _SHRINK_NORM, stored)
+    return _least_error(cells, [(low * p, high * p) for p in shrinks], spec, _SHRINK_NORM, stored, importance)
 
 
 def _least_error(
-    cells: Float[Tensor, "n m"], candidates: list[Bounds], spec: QuantSpec, norm: float, stored: bool
+    cells: Float[Tensor, "n m"],
+    candidates: list[Bounds],
+    spec: QuantSpec,
+    norm: float,
+    stored: bool,
+    importance: Float[Tensor, "n m"] | None,
 ) -> Bounds:
     best_low, best_high = (bound.clone() for bound in candidates[0])
     best = torch.full_like(best_low, torch.inf)
     for low, high in candidates:
         scale, zero_point = (part[:, None] for part in affine(low, high, spec, stored))
-        error = decode(encode(cells, scale, zero_point, spec), scale, zero_point).sub_(cells).abs_().pow_(norm).mean(1)
-        better = error < best
-        best = torch.where(better, error, best)
+        error = decode(encode(cells, scale, zero_point, spec), scale, zero_point).sub_(cells).abs_().pow_(norm)
+        total = error.mean(1) if importance is None else error.mul_(importance).mean(1)
+        better = total < best
+        best = torch.where(better, total, best)
         best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)
     return best_low, best_high
 

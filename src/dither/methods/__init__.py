@@ -9,13 +9,15 @@ from dither.methods.gptq import GPTQ
 from dither.methods.repq import RepQ
 from dither.methods.rtn import RTN
 
+__all__ = ["ERQ", "GPTQ", "METHODS", "PRESETS", "RTN", "Method", "RepQ", "method_class", "preset"]
+
 METHODS: dict[str, type[Method]] = {"rtn": RTN, "gptq": GPTQ, "repq": RepQ, "erq": ERQ}
 
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "repq-gptq": ("gptq", {"reparameterize": True}),
-    "erq-v1": ("erq", {"dual": False, "rounding": "halves", "inputs": "fp"}),
-    "erq-v2": ("erq", {"dual": True, "rounding": "halves", "inputs": "fp"}),
+    "erq-v1": ("erq", {"dual": False, "rounding": "halves", "inputs": "fp", "range_by": "weight"}),
+    "erq-v2": ("erq", {"dual": True, "rounding": "halves", "inputs": "fp", "range_by": "weight"}),
 }
 
 

@@ -1,8 +1,9 @@
 """GPTQ: round column by column, and let the columns that are left compensate each error.
 
-Source: Frantar et al., GPTQ, ICLR 2023, arXiv 2210.17323, Algorithm 1; act-order and static groups of the released code.
-Departs from the released code: activations are quantized too (as ERQ's comparison does), and the Gram is then that of the
-quantized inputs; dead columns are rounded to nearest; damping that fails climbs a ladder that the report shows.
+Source: Frantar et al., GPTQ, ICLR 2023, arXiv 2210.17323, Algorithm 1; act-order and static groups of the released
+code.
+Departs from the released code: activations are quantized too (as ERQ's comparison does), and the Gram is then that of
+the quantized inputs; dead columns are rounded to nearest; damping that fails climbs a ladder that the report shows.
 """
 
 from collections.abc import Iterable

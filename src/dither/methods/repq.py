@@ -4,7 +4,8 @@ Source: Li et al., RepQ-ViT: Scale Reparameterization for Post-Training Quantiza
 arXiv 2212.08254. Softmax output in log-sqrt2 codes; weights to nearest.
 Departs from the released code: ranges are taken from full-precision inputs, there each quantizer is initialised on
 inputs that earlier quantizers have changed; the mean zero-point is rounded, so that an integer runtime can hold it
-(`round_zero_point=False` restores the released behaviour); log codes keep their top code for zero.
+(`round_zero_point=False` restores the released behaviour); log codes keep their top code for zero; weight ranges are
+searched over ERQ's longer list of percentiles.
 """
 
 from collections.abc import Iterable
