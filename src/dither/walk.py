@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dither.errors import NonFiniteError
+from dither.errors import InputError, NonFiniteError
 from dither.formats.qtensor import QTensor
 from dither.models.anatomy import Anatomy, Unit
 from dither.models.forward import Stream, suspended_at
@@ -24,7 +24,9 @@ from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands, operands_seen, quantize_attention
 
 Inputs = Literal["fp", "quantized", "both"]
-
+_STREAMS: dict[Inputs, tuple[str, ...]] = {
+    "fp": ("fp",), "quantized": ("quantized",), "both": ("fp", "quantized")
+}  # fmt: skip
 
 T = TypeVar("T")
 
@@ -103,7 +105,9 @@ class Block:
 
         Raises:
             NonFiniteError: NaN or Inf arrives at a layer; the message names it.
+            InputError: the walk was started for other inputs.
         """
+        self._check(inputs)
         results: dict[str, S] = {}
         for seen, original in self._passes(list(measures), inputs):
             for name, measure in measures.items():
@@ -115,6 +119,10 @@ class Block:
                         raise NonFiniteError(f"input of {name}: {error}") from None
                     results[name] = results[name].merge(part) if name in results else part
         return results
+
+    def _check(self, inputs: Inputs) -> None:
+        if any(name not in self.streams for name in _STREAMS[inputs]):
+            raise InputError(f"{inputs!r} inputs were not walked, only {', '.join(self.streams)}; set inputs={inputs}")
 
     def _passes(self, names: list[str], inputs: Inputs) -> Iterator[tuple[dict[str, list[Tensor]], ...]]:
         if inputs == "both":
@@ -142,6 +150,7 @@ class Block:
 
     def observe_attention(self, owner: str, measure: Callable[[Tensor], S], inputs: Inputs = "fp") -> dict[str, S]:
         """Accumulate a statistic of each operand of the attention that `owner` computes."""
+        self._check(inputs)
         results: dict[str, S] = {}
 
         def handle(name: str, x: Tensor) -> Tensor:
@@ -218,7 +227,7 @@ def walk(
     `run` calls the model on a batch. `restore` puts a unit's earlier result into the model and says so; such a unit is
     not yielded. `on_done` gets every finished block. Activations beyond `spill_budget` bytes wait on disk.
     """
-    names = {"fp": ("fp",), "quantized": ("quantized",), "both": ("fp", "quantized")}[inputs]
+    names = _STREAMS[inputs]
     units = {unit.name: unit for unit in anatomy.units}
     streams: dict[str, Stream] = {}
     protected = [*model.parameters(), *model.buffers(), *tensors_in(list(batches))]  # others read them meanwhile

@@ -54,8 +54,8 @@ def read_anatomy(model: nn.Module, run: Callable[[], object]) -> Anatomy:
     except DitherError:
         raise
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
-        kind = type(model).__name__
-        raise InputError(f"{kind} fails on the first calibration batch: {error}; give it inputs as it expects") from error
+        where = f"{type(model).__name__} fails on the first calibration batch"
+        raise InputError(f"{where}: {error}; give it inputs as it expects") from error
     names = {name: module for name, module in model.named_modules() if is_layer(module)}
     if not names:
         raise InputError(f"{type(model).__name__} has no Linear or Conv2d layer: there is nothing to quantize")
