@@ -17,7 +17,7 @@ from dither.pipeline import quantize
 from dither.recipe import parse_method
 from dither.result import Report, Result
 
-Progress = Callable[[str, float, int], None]  # (run and unit, runs done with the part of this one, runs in all)
+Progress = Callable[[str, int | float, int], None]  # (run and unit, runs done with the part of this one, runs in all)
 _QUANTIZING = 0.8  # measured: the part of a run that is not evaluation, for a small model
 
 
@@ -129,7 +129,7 @@ def _within(progress: Progress | None, run: str, done: int, total: int) -> Progr
         return None
     progress(run, done, total)
 
-    def report(unit: str, units: float, of: int) -> None:
+    def report(unit: str, units: int | float, of: int) -> None:
         progress(f"{run} {unit}", done + _QUANTIZING * units / of, total)
 
     return report

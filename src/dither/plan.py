@@ -1,5 +1,7 @@
 """The plan of a run before hours are spent: what is stored how, how large, how much memory, and what cannot work."""
 
+from collections import Counter
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +16,9 @@ from dither.models.anatomy import Anatomy
 from dither.models.layers import has_gram, is_layer
 
 SPILL_BUDGET = 2**30  # bytes of activations that stay in memory, unless the caller says otherwise
-_PASSES = 6  # measured: links, ranges and Grams of a block take about five block forwards, plus the output
+_PASSES = 20  # measured on ViTs: links, ranges, searches, Grams and errors cost this many forward passes
+_COLUMN_S = 4e-4  # measured: what a column costs a solver that goes column by column, apart from arithmetic
+_COPIES = 8  # measured: what a block's inputs take while ranges are searched and Grams summed in float64
 
 
 def check_formats(model: nn.Module, anatomy: Anatomy, method: Method) -> None:
@@ -50,14 +54,14 @@ def _matrix_shape(model: nn.Module, name: str) -> tuple[int, int]:
 def make_plan(model: nn.Module, anatomy: Anatomy, method: Method, run: Any, batches: Any) -> dict[str, Any]:
     """Layers with their formats and exact stored bytes, totals, and estimates of memory and time.
 
-    The sizes are exact; the time scales one measured forward pass and one measured matrix product.
+    The sizes are exact. The time is for a method that solves with Grams; the memory is beside Python's and torch's own.
     """
     check_formats(model, anatomy, method)
     rows = [_plan_layer(model, name, method) for name in anatomy.layers]
     kept = sum(p.numel() * p.element_size() for p in model.parameters())
     kept -= sum(model.get_parameter(f"{row['name']}.weight").nbytes for row in rows)
     gram = max((3 * 8 * (row["shape"][1] + 1) ** 2 for row in rows if row["gram"]), default=0)
-    seconds, activations = _measure(model, anatomy, run, batches[0])
+    seconds, activations, working = _measure(model, anatomy, run, batches[0])
     original = sum(p.numel() * p.element_size() for p in model.parameters())
     size = kept + sum(row["nbytes"] for row in rows)
     largest = max((_bytes(model.get_submodule(unit.name)) for unit in anatomy.units), default=0)
@@ -71,7 +75,11 @@ def make_plan(model: nn.Module, anatomy: Anatomy, method: Method, run: Any, batc
         "size_bytes": size,
         "original_bytes": original,
         "gram_bytes": gram,
-        "memory_bytes": original + 2 * largest + gram + min(activations * len(batches), SPILL_BUDGET),
+        "memory_bytes": original
+        + 2 * largest
+        + gram
+        + _COPIES * working
+        + min(activations * len(batches), SPILL_BUDGET),
         "disk_bytes": 2 * size,  # finished units wait beside the result until it is whole
         "estimated_time_s": _PASSES * seconds * len(batches) + _solve_seconds(rows),
     }
@@ -81,16 +89,23 @@ def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def _measure(model: nn.Module, anatomy: Anatomy, run: Any, batch: Any) -> tuple[float, int]:
-    """Seconds of a forward pass, and the bytes of the largest activations between units, inputs and outputs."""
-    largest = 0
+def _measure(model: nn.Module, anatomy: Anatomy, run: Any, batch: Any) -> tuple[float, int, int]:
+    """Seconds of a forward pass; bytes of the largest unit's inputs and outputs; bytes of all inputs inside a unit."""
+    between, inside = dict.fromkeys((unit.name for unit in anatomy.units), 0), Counter[str]()
 
-    def keep(_module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal largest
-        parts = [*args, *(output if isinstance(output, tuple) else (output,))]
-        largest = max(largest, sum(x.nbytes for x in parts if isinstance(x, torch.Tensor)))
+    def keep(unit: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, output: Any) -> None:
+            parts = [*args, *(output if isinstance(output, tuple) else (output,))]
+            between[unit] = sum(x.nbytes for x in parts if isinstance(x, torch.Tensor))
 
-    handles = [model.get_submodule(unit.name).register_forward_hook(keep) for unit in anatomy.units]
+        return hook
+
+    def count(unit: str) -> Callable[..., None]:
+        return lambda _module, args: inside.update({unit: args[0].nbytes})
+
+    handles = [model.get_submodule(unit.name).register_forward_hook(keep(unit.name)) for unit in anatomy.units]
+    for unit in anatomy.units:
+        handles += [model.get_submodule(name).register_forward_pre_hook(count(unit.name)) for name in unit.layers]
     start = perf_counter()
     try:
         with torch.no_grad():
@@ -98,7 +113,7 @@ def _measure(model: nn.Module, anatomy: Anatomy, run: Any, batch: Any) -> tuple[
     finally:
         for handle in handles:
             handle.remove()
-    return perf_counter() - start, largest
+    return perf_counter() - start, max(between.values(), default=0), max(inside.values(), default=0)
 
 
 def _plan_layer(model: nn.Module, name: str, method: Method) -> dict[str, Any]:
@@ -109,11 +124,12 @@ def _plan_layer(model: nn.Module, name: str, method: Method) -> dict[str, Any]:
 
 
 def _solve_seconds(rows: list[dict[str, Any]]) -> float:
-    """Cubic work of all layers at the measured rate of a float64 product; about three factorizations a layer."""
+    """Three factorizations a layer at the measured rate of a float64 product, and a step for each column."""
     probe = torch.ones(512, 512, dtype=torch.float64)
     start = perf_counter()
     for _ in range(4):
         probe @ probe
     rate = 4 * 2 * 512**3 / max(perf_counter() - start, 1e-6)
     work = sum(row["shape"][1] ** 3 + 2 * row["shape"][0] * row["shape"][1] ** 2 for row in rows if row["gram"])
-    return float(3 * work / rate)
+    columns = sum(row["shape"][1] for row in rows if row["gram"])
+    return float(3 * work / rate + _COLUMN_S * columns)

@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from dither.errors import InputError, ResumeError, StorageError
+from dither.errors import InputError, ResumeError
 from dither.models.anatomy import Unit
 from dither.models.structure import describe, rebuild
 from dither.storage import write_json, write_tensors, writing
@@ -90,7 +91,7 @@ class Unfinished:
             model.get_submodule(unit.name).to(device)
             state = load_file(tensors)
             missing = model.load_state_dict(state, strict=False)
-        except (OSError, ValueError, KeyError, RuntimeError, StorageError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ResumeError(f"{str(record)!r} is damaged: {error}; remove the output and start again") from None
         lacking = [key for key in missing.missing_keys if key.startswith(unit.name + ".")]
         if lacking or missing.unexpected_keys:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from dither.cli import app
@@ -118,17 +118,19 @@ def quantized(tiny_model: Path, calibration: Path, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture
-def altered_model(tiny_model: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, torch.Tensor]], None]], Path]:
-    """A copy of the tiny model whose tensors a function has changed."""
+def altered_model(tiny_model: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, torch.Tensor]], object]], Path]:
+    """A copy of the tiny model whose tensors, named as in memory, a function has changed."""
 
-    def make(change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    def make(change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+        from transformers import ViTForImageClassification
+
         folder = tmp_path / "altered"
         folder.mkdir()
         for name in os.listdir(tiny_model):
             (folder / name).write_bytes((tiny_model / name).read_bytes())
-        state = load_file(folder / "model.safetensors")
+        state = ViTForImageClassification.from_pretrained(tiny_model).state_dict()
         change(state)
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        save_file({name: x.contiguous() for name, x in state.items()}, folder / "model.safetensors", {"format": "pt"})
         return folder
 
     return make

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from tests.cli.conftest import Run, error_line
 
 FORMATS = ("--weights", "int4", "--activations", "int4")

@@ -22,6 +22,7 @@ from dither.cli.options import (
 from dither.cli.terminal import Terminal
 
 NUMBERS = ("Bits", "Size", "Top-1", "Agreement", "KL", "SQNR dB", "Time", "Seeds")
+LESS = ("Seeds", "Time", "KL", "Bits", "Size", "SQNR dB")  # what a narrow terminal goes without, in this order
 FILES = ("report.html", "report.json")
 
 Data = Annotated[
@@ -123,7 +124,7 @@ def show_comparison(terminal: Terminal, data: dict[str, Any], extra: dict[str, A
         )
     terminal.show({**data, **extra})
     reference, pictures = data["reference"], count(data["evaluation"]["count"])
-    terminal.table(compare_rows(data), f"{data['model']['name']}, {pictures} pictures", NUMBERS)
+    terminal.table(compare_rows(data), f"{data['model']['name']}, {pictures} pictures", NUMBERS, LESS)
     top1 = "" if reference["top1"] is None else f"top-1 {percent(reference['top1'])}, "
     terminal.line(f"full precision: {top1}{size(reference['size_bytes'])}")
     for failure in failures:

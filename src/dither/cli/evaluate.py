@@ -49,8 +49,6 @@ def evaluate(
 
         place = chosen_device(device)
         against = reference or _source(out)
-        if against is None:
-            terminal.note("agreement, KL and SQNR need the full-precision model: add --reference MODEL")
         pictures = select(data, count, seed)
         with terminal.progress("evaluating") as progress:
             found = measure(
@@ -60,7 +58,9 @@ def evaluate(
         result: dict[str, Any] = {"schema": 1, "kind": "evaluate", "model": out, "reference": against, **found}
         terminal.show(result)
         rows = summary_rows({"kind": "quantize", "evaluation": found})
-        terminal.table([{"": row["figure"], "Result": row["value"], "Note": row["note"]} for row in rows], fold=False)
+        terminal.table([{"": row["figure"], "Result": row["value"], "Note": row["note"]} for row in rows])
+        if against is None:
+            terminal.note("agreement, KL and SQNR need the full-precision model: add --reference MODEL")
 
 
 def _source(out: str) -> str | None:

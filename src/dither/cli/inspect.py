@@ -60,14 +60,14 @@ def _summary(terminal: Terminal, data: dict[str, Any]) -> None:
     if data["kind"] == "quantize":
         terminal.line(f"{model['name']}: {model['class']}, quantized by {data['recipe'].get('method')}")
         rows = [(row["figure"], row["value"], row["note"]) for row in summary_rows(data)]
-        terminal.table([{"": name, "Result": text, "Note": note} for name, text, note in rows], fold=False)
+        terminal.table([{"": name, "Result": text, "Note": note} for name, text, note in rows])
         return
     terminal.line(f"{model['name']}: {model['class']}, not quantized")
     blocks = sum(unit["is_block"] for unit in data["units"])
     facts = {"Parameters": count(model["parameters"]), "Size": size(data["size_bytes"])}
     if data["probe"] is not None:
         facts["Units"] = f"{len(data['units'])}, {blocks} of them blocks; found by running {data['probe']}"
-    terminal.table([{"": name, "Model": text} for name, text in facts.items()], fold=False)
+    terminal.table([{"": name, "Model": text} for name, text in facts.items()])
     if data["probe"] is None:
         terminal.line(
             "no input could be made up for it: units, links and coverage are known only with calibration data"
@@ -78,7 +78,7 @@ def _layers(terminal: Terminal, data: dict[str, Any]) -> None:
     from dither.report.table import count, layer_rows
 
     if data["kind"] == "quantize":
-        terminal.table(layer_rows(data), "Layers", ("Bits", "Output error"))
+        terminal.table(layer_rows(data), "Layers", ("Bits", "Output error"), ("Notes", "Shape"))
         return
     norm = {name: link["norm"] for link in data["links"] for name in link["layers"]}
     rows = [
@@ -91,7 +91,7 @@ def _layers(terminal: Terminal, data: dict[str, Any]) -> None:
         }
         for row in data["layers"]
     ]
-    terminal.table(rows, "Layers", ("Parameters",))
+    terminal.table(rows, "Layers", ("Parameters",), ("Shape", "Kind"))
 
 
 def _coverage(terminal: Terminal, data: dict[str, Any], *, in_full: bool) -> None:
@@ -102,4 +102,4 @@ def _coverage(terminal: Terminal, data: dict[str, Any], *, in_full: bool) -> Non
         return
     if data["kind"] == "inspect":
         rows = [{key: text for key, text in row.items() if key != "Status"} for row in rows]
-    terminal.table(rows, "Coverage", ("Modules", "Parameters"), fold=False)
+    terminal.table(rows, "Coverage", ("Modules", "Parameters"), ("Class",))

@@ -35,14 +35,14 @@ def methods(
             found = catalog()
             terminal.show({"schema": 1, "kind": "methods", "methods": found})
             rows = [{"Method": row["name"], "What it does": row["summary"], "Source": row["source"]} for row in found]
-            terminal.table(rows, fold=False)
+            terminal.table(rows)
             terminal.line("dither methods NAME shows one with its fields")
             return
         method = describe_method(name)
         terminal.show({"schema": 1, "kind": "method", **method})
         terminal.line(method["doc"])
         for title, own in ((f"Fields of {name}", True), ("Fields of every method", False)):
-            terminal.table([_row(field) for field in method["fields"] if field["own"] is own], title, fold=False)
+            terminal.table([_row(field) for field in method["fields"] if field["own"] is own], title)
 
 
 def _row(field: dict[str, Any]) -> dict[str, str]:

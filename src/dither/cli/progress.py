@@ -14,7 +14,7 @@ EVERY_S = 15.0  # seconds between two lines in a log
 class Silent:
     """Shows nothing."""
 
-    def __call__(self, what: str, done: float, of: int) -> None:
+    def __call__(self, what: str, done: int | float, of: int) -> None:
         """Nothing."""
 
 
@@ -24,11 +24,11 @@ class Sparse:
     def __init__(self, say: Callable[[str], None], title: str) -> None:
         self.say, self.title, self.last = say, title, monotonic()
 
-    def __call__(self, what: str, done: float, of: int) -> None:
+    def __call__(self, what: str, done: int | float, of: int) -> None:
         """Say it if it is time."""
         if monotonic() - self.last >= EVERY_S:
             self.last = monotonic()
-            self.say(f"{self.title}: {done:.0f} of {of}, {what}")
+            self.say(f"{self.title}: {int(done)} of {of}, {what}")
 
 
 class Bar:
@@ -37,7 +37,8 @@ class Bar:
     def __init__(self, console: Console, title: str) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, TextColumn("left"), Remaining(), console=console, transient=True)
-        self.title, self.of, self.done = title, -1, 0.0
+        self.title, self.of = title, -1
+        self.done: int | float = 0
         self.task: TaskID | None = None
 
     def __enter__(self) -> "Bar":
@@ -50,7 +51,7 @@ class Bar:
     ) -> None:
         self.progress.stop()
 
-    def __call__(self, what: str, done: float, of: int) -> None:
+    def __call__(self, what: str, done: int | float, of: int) -> None:
         """Move on; another total, or a count that starts again, is a new phase with its own pace."""
         if self.task is None or of != self.of or done < self.done:
             if self.task is not None:

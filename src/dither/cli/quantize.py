@@ -159,8 +159,8 @@ def _show_result(terminal: Terminal, report: dict[str, Any], output: str) -> Non
 
     terminal.show({**report, "output": output})
     rows = [{key: row[key] for key in ("figure", "value", "note")} for row in summary_rows(report)]
-    terminal.table([{"": row["figure"], "Result": row["value"], "Note": row["note"]} for row in rows], fold=False)
-    terminal.table(coverage_reasons(report), "What became of the parameters", ("Modules", "Parameters"), fold=False)
+    terminal.table([{"": row["figure"], "Result": row["value"], "Note": row["note"]} for row in rows])
+    terminal.table(coverage_reasons(report), "What became of the parameters", ("Modules", "Parameters"))
     terminal.line(f"saved in {output} (report: {Path(output) / 'report.html'})")
 
 
@@ -174,15 +174,15 @@ def _show_plan(terminal: Terminal, plan: dict[str, Any], output: str | None) -> 
         for row in plan["layers"]
     ]  # fmt: skip
     terminal.table(layers, f"What {plan['method']} would do", ("Stored",))
-    terminal.table([{"Kept layer": name, "Reason": why} for name, why in plan["kept"].items()], fold=False)
+    terminal.table([{"Kept layer": name, "Reason": why} for name, why in plan["kept"].items()])
     total, before = plan["size_bytes"], plan["original_bytes"]
     figures = {
         "Units": count(plan["units"]),
         "Layers": f"{len(layers)} quantized, {len(plan['kept'])} kept",
         "Size": f"{size(before)} → {size(total)}, {ratio(before, total)}",
-        "Memory, about": size(plan["memory_bytes"]),
+        "Memory, about": f"{size(plan['memory_bytes'])} beside Python's own",
         "Disk, at most": size(plan["disk_bytes"]),
         "Time, about": seconds(plan["estimated_time_s"]),
     }
-    terminal.table([{"": name, "Plan": text} for name, text in figures.items()], fold=False)
+    terminal.table([{"": name, "Plan": text} for name, text in figures.items()])
     terminal.line("nothing was written" + ("" if output is None else f"; without --dry-run it goes to {output}"))

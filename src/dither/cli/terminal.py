@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from errno import ENOSPC, EPIPE
@@ -15,16 +14,14 @@ from types import TracebackType
 from typing import Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from dither.cli.layout import layout
 from dither.cli.progress import Bar, Silent, Sparse
 from dither.errors import DitherError
 
 ERROR, UNEXPECTED, INTERRUPTED = 1, 70, 130  # exit codes; 2 is typer's for a command line that is wrong
-_LONG, _NAMED = 13, 6  # a text that is worth a short name, and how many names a reader keeps in mind
 WIDE = 200  # columns of a table that goes to a file, where nothing needs to wrap
 _TYPERS = (typer.Exit, typer.Abort, typer.BadParameter)
 
@@ -40,6 +37,7 @@ class Terminal:
         self.err = Console(file=sys.stderr, highlight=False, markup=False)
         self._warnings = warnings.catch_warnings()
         self._log: logging.Handler | None = None
+        self._said = False
 
     def __enter__(self) -> "Terminal":
         self._warnings.__enter__()
@@ -77,30 +75,23 @@ class Terminal:
             sys.stdout.flush()
 
     def table(
-        self, rows: Sequence[Mapping[str, str]], title: str = "", numbers: Sequence[str] = (), fold: bool = True
+        self, rows: Sequence[Mapping[str, str]], title: str = "", numbers: Sequence[str] = (), less: Sequence[str] = ()
     ) -> None:
-        """Rows as a table; with `fold`, a column's usual long text moves into the caption. Nothing with `--json`."""
+        """Rows as a table that fits the terminal: the columns in `less` go first. Nothing with `--json`."""
         if self.json or not rows:
             return
-        shown, caption = _folded(rows) if fold else ([dict(row) for row in rows], "")
-        table = Table(
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-            title=Text(title, style="bold") if title else None,
-            title_justify="left",
-        )
-        for name in shown[0]:
-            table.add_column(Text(name), justify="right" if name in numbers else "left", overflow="fold")
-        for row in shown:
-            table.add_row(*(Text(cell) for cell in row.values()))
+        table, caption = layout(rows, self.out.width, title, numbers, less)
+        if self._said:
+            self.out.print()
+        self._said = True
         self.out.print(table)
-        if caption:
-            self.out.print(Text(caption, style="dim"))
+        for text in caption:
+            self.out.print(Text(text, style="dim"))
 
     def line(self, text: str = "") -> None:
         """A line of the result for people."""
         if not self.json:
+            self._said = True
             self.out.print(Text(text), soft_wrap=True)
 
     def note(self, text: str) -> None:
@@ -109,7 +100,7 @@ class Terminal:
             self.err.print(Text(text), soft_wrap=True)
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Callable[[str, float, int], None]]:
+    def progress(self, title: str) -> Iterator[Callable[[str, int | float, int], None]]:
         """A function (what, done, of) that shows how far a long work is."""
         if self.quiet:
             yield Silent()
@@ -149,28 +140,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _folded(rows: Sequence[Mapping[str, str]]) -> tuple[list[dict[str, str]], str]:
-    """Long texts that a column repeats become short names, which the caption explains; one for all leaves its column."""
-    shown, said = [dict(row) for row in rows], []
-    for name in list(shown[0])[1:]:
-        texts = list(dict.fromkeys(row[name] for row in shown))
-        if max(map(len, texts)) < _LONG or len(texts) > min(_NAMED, len(shown) / 2):
-            continue
-        if len(texts) == 1:
-            said.append(f"{name}: {texts[0]}")
-            shown = [{key: cell for key, cell in row.items() if key != name} for row in shown]
-            continue
-        short = _short_names(texts)
-        said += [f"{short[text]} = {text}" for text in texts if short[text] != text]
-        shown = [{**row, name: short[row[name]]} for row in shown]
-    return shown, "\n".join(dict.fromkeys(said))
-
-
-def _short_names(texts: Sequence[str]) -> dict[str, str]:
-    """Formats by the part before the first colon, with a letter where that is not enough; short texts as they are."""
-    heads = {text: text.partition(":")[0] for text in texts if len(text) >= _LONG}
-    times, letters = Counter(heads.values()), iter("abcdefghij")
-    long = {text: head if times[head] == 1 else f"{head}.{next(letters)}" for text, head in heads.items()}
-    return {text: long.get(text, text) for text in texts}

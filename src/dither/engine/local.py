@@ -1,5 +1,6 @@
 """Engines of one machine: this process, or a pool of processes."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from types import TracebackType
@@ -50,6 +51,7 @@ class ProcessPool:
 
 
 def _single_thread() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
 
