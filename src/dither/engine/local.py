@@ -1,8 +1,10 @@
 """Engines of one machine: this process, or a pool of processes."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -42,6 +44,9 @@ class ProcessPool:
         return self._pool.map(function, tasks)
 
     def __enter__(self) -> "ProcessPool":
+        with _deaf_to_interrupts():  # workers inherit this, even while they import
+            for _ in range(self.workers):  # each starts one
+                self._pool.submit(int)
         return self
 
     def __exit__(
@@ -50,8 +55,20 @@ class ProcessPool:
         self._pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal; only the first one is to answer, and it ends the others."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _single_thread() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
 
