@@ -20,9 +20,9 @@ def summary() -> str:
     for model in dict.fromkeys(run["model"] for run in runs):
         mine = [run for run in runs if run["model"] == model]
         titles = [re.sub(r"int(\d)/int(\d)", r"W\1A\2", setting) for setting in settings]
-        lines += [
-            f"| `{model}`, top-1 % ({100 * mine[0]['fp_top1']:.2f} in full precision) | " + " | ".join(titles) + " |"
-        ]
+        draws = len({run["seed"] for run in mine})
+        title = f"`{model}`, top-1 % ({100 * mine[0]['fp_top1']:.2f} in full precision), {draws} draws"
+        lines += [f"| {title} | " + " | ".join(titles) + " |"]
         lines += ["|---" * (len(settings) + 1) + "|"]
         for method in SHOWN:
             cells = [_cell([r["top1"] for r in mine if r["method"] == method and r["setting"] == s]) for s in settings]
@@ -30,8 +30,8 @@ def summary() -> str:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     lines.append(
-        f"{facts['count']} CIFAR-10 test pictures, {facts['samples']} calibration pictures, mean ± standard deviation over "
-        f"{facts['seeds']} draws; inputs of layers and attention operands quantized, weights per row. ViTs trained on CIFAR-10."
+        f"{facts['count']} CIFAR-10 test pictures, {facts['samples']} calibration pictures, mean ± standard deviation "
+        "over the draws; inputs of layers and attention operands quantized, weights per row. ViTs trained on CIFAR-10."
     )
     return "\n".join(lines)
 

@@ -25,8 +25,8 @@ before = peak_rss()
 method = dither.recipe.parse_method(method, {"weights": "int3", "activations": "int4"})
 result = dither.quantize(model, method, calibration, device=device)
 totals, layers = result.report.data["totals"], result.report.data["layers"]
-print(json.dumps({"before": before, "peak": peak_rss(), "original": totals["original_bytes"], "time_s": totals["time_s"],
-    "layers": [[row["shape"], row["time_s"]] for row in layers]}))
+print(json.dumps({"before": before, "peak": peak_rss(), "original": totals["original_bytes"],
+    "time_s": totals["time_s"], "layers": [[row["shape"], row["time_s"]] for row in layers]}))
 """
 
 
@@ -52,9 +52,9 @@ def table(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> s
     lines = [
         "# Time and memory of quantization",
         "",
-        f"`{Path(given.model).name}` ({size / 2**20:.0f} MiB in float32) on {given.device}, W3A4, {given.rounds} rounds; ratios are "
-        "within a round, given as median [least, greatest]. Peak is resident memory of the whole process; the last column "
-        "takes off the model's own size. Written by `benchmarks/speed_memory.py`.",
+        f"`{Path(given.model).name}` ({size / 2**20:.0f} MiB in float32) on {given.device}, W3A4, {given.rounds} "
+        "rounds; ratios are within a round, given as median [least, greatest]. Peak is resident memory of the whole "
+        "process; the last column takes off the model's own size. Written by `benchmarks/speed_memory.py`.",
         "",
         "| method | seconds | time / GPTQ | peak MiB | of which libraries MiB | peak − model MiB |",
         "|---|---|---|---|---|---|",

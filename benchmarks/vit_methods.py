@@ -4,6 +4,10 @@
 
 Calibration pictures are drawn from one file, accuracy is measured on the other; both may be folders or .npz files.
 Writes docs/results/vit_methods.json (every run) and .md (mean ± standard deviation over the draws).
+
+    python benchmarks/vit_methods.py --merge A.json B.json --out docs/results/vit_methods
+
+puts runs that were made apart into one table.
 """
 
 import argparse
@@ -47,9 +51,10 @@ RULES = {"all": "", "linear inputs": "+attention=none+probabilities=none"}
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--calibration")
+    parser.add_argument("--data")
+    parser.add_argument("--merge", nargs="+", type=Path, help="results of earlier calls, instead of running")
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="labels, or LABEL=METHOD")
     parser.add_argument("--rules", choices=RULES, default="all", help="which activations are quantized")
@@ -61,6 +66,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one seed, 500 pictures, W3A4")
     parser.add_argument("--out", type=Path, default=Path("docs/results/vit_methods"))
     given = parser.parse_args()
+    if not given.merge and not (given.models and given.calibration and given.data):
+        parser.error("give --models, --calibration and --data, or --merge")
     if given.quick:
         given.seeds, given.count, given.settings = 1, 500, ("int3/int4",)
     return given
@@ -156,7 +163,8 @@ def table(runs: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     settings = list(dict.fromkeys(run["setting"] for run in runs))
     for model in dict.fromkeys(run["model"] for run in runs):
         mine = [run for run in runs if run["model"] == model]
-        lines += ["", f"## {model}: full precision {100 * mine[0]['fp_top1']:.2f} %", ""]
+        draws = len({run["seed"] for run in mine})
+        lines += ["", f"## {model}: full precision {100 * mine[0]['fp_top1']:.2f} %, {draws} calibration draws", ""]
         lines += ["| method | " + " | ".join(_short(setting) for setting in settings) + " | bits at W3 | seconds |"]
         lines += ["|---" * (len(settings) + 3) + "|"]
         for method in dict.fromkeys(run["method"] for run in mine):
@@ -183,27 +191,44 @@ def _spread(values: list[float]) -> str:
 def _describe(facts: dict[str, Any]) -> list[str]:
     return [
         f"Top-1 in percent on {facts['count']} pictures, {facts['samples']} calibration pictures, mean ± standard "
-        f"deviation over {facts['seeds']} draws. Quantized activations: {facts['rules']}. Written by "
+        f"deviation over the draws. Quantized activations: {facts['rules']}. Written by "
         f"`benchmarks/vit_methods.py` on {facts['device']}, torch {facts['torch']}; seconds are per quantization, "
         f"{facts['workers']} at a time.",
     ]
 
 
-def main() -> None:
-    given = arguments()
+def merge(paths: list[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Runs of several result files; the settings that describe them must agree."""
+    found = [json.loads(path.read_text()) for path in paths]
+    facts = [
+        {key: one["facts"][key] for key in ("count", "samples", "rules", "device", "torch", "workers")} for one in found
+    ]
+    if any(one != facts[0] for one in facts):
+        raise SystemExit(f"these results were made under different settings: {facts}")
+    methods = {label: text for one in found for label, text in one["facts"]["methods"].items()}
+    return [run for one in found for run in one["runs"]], {**facts[0], "methods": methods}
+
+
+def measure(given: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     runs = collect(given)
     name = torch.cuda.get_device_name() if given.device.startswith("cuda") else platform.processor() or "a CPU"
     facts = {
         "count": runs[0]["count"],
         "samples": given.samples,
-        "seeds": given.seeds,
         "rules": given.rules,
         "device": name,
         "torch": torch.__version__,
         "workers": given.workers,
         "methods": dict(_labelled(given.methods)),
     }
-    given.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "runs": runs}, indent=1) + "\n")
+    return runs, facts
+
+
+def main() -> None:
+    given = arguments()
+    runs, facts = merge(given.merge) if given.merge else measure(given)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "runs": runs}) + "\n")
     given.out.with_suffix(".md").write_text(table(runs, facts))
     print(table(runs, facts))
 
