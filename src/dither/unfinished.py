@@ -4,11 +4,13 @@ The folder `unfinished/` inside the output holds the run's fingerprint and two f
 says that the unit is whole. A fingerprint of model, data and recipe refuses a resume that would mix two runs.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -59,7 +61,8 @@ class Unfinished:
             raise ResumeError(f"{str(path)!r} cannot be read: {error}; remove the output and start again") from None
 
     def _paths(self, unit: Unit) -> tuple[Path, Path]:
-        return self.folder / f"{unit.name}.safetensors", self.folder / f"{unit.name}.json"
+        name = quote(unit.name, safe="")  # a module's name may hold a slash
+        return self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
 
     def write(self, block: Block) -> None:
         """Keep a finished block."""
@@ -72,6 +75,7 @@ class Unfinished:
             "records": [asdict(one) for one in block.records],
             "operands": block.operand_records,
             "remarks": block.remarks,
+            "sha256": _digest(tensors),
         }
         write_json(data, record)
 
@@ -86,6 +90,8 @@ class Unfinished:
             return None
         try:
             data = json.loads(record.read_text())
+            if data["sha256"] != _digest(tensors):
+                raise ValueError(f"{tensors.name} holds other bytes than were written")
             device = next((x.device for x in model.get_submodule(unit.name).parameters()), None)
             rebuild(model, data["structure"])
             model.get_submodule(unit.name).to(device)
@@ -119,6 +125,11 @@ def check_output(output: Path, resume: bool = False) -> None:
             raise InputError(f"output {str(output)!r} holds an unfinished run; pass --resume to go on, or remove it")
     elif any(path.name != FOLDER for path in output.iterdir()):
         raise InputError(f"output {str(output)!r} is not empty; choose another folder or remove it")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tuples(record: dict[str, Any]) -> dict[str, Any]:
