@@ -107,11 +107,12 @@ def _fold(block: Block, link: Link, change: Any) -> bool:
     for network in (block.reference, block.module):
         norm = network.get_submodule(block.local(link.norm))
         undo.append(_restore(norm))
-        weight, bias = fold_into_norm(norm.get_parameter("weight").detach(), _bias(norm), change)
+        old = norm.get_parameter("weight")
+        weight, bias = fold_into_norm(old.detach().float(), _bias(norm), change)
         with torch.no_grad():
-            norm.get_parameter("weight").copy_(weight)
+            old.copy_(weight)
         if bias is not None:
-            norm.bias = nn.Parameter(bias, requires_grad=False)
+            norm.bias = nn.Parameter(bias.to(old.dtype), requires_grad=False)
         for name in link.layers:
             layer = network.get_submodule(block.local(name))
             undo.append(_restore(layer))

@@ -61,6 +61,7 @@ def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> None:
         holder, _, leaf = name.rpartition(".")
         empty = _empty_layer(_module(model, name), name, entry)
         setattr(_module(model, holder), leaf, empty)
+    _untie(model, structure["layers"])
     for owner, operands in structure["attention"].items():
         quantizers = {key: quantizer for key, one in operands.items() if (quantizer := _empty_quantizer(one))}
         quantize_attention(_module(model, owner), AttentionOperands(quantizers))
@@ -69,6 +70,14 @@ def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> None:
         if getattr(norm, "bias", None) is None:
             like = norm.get_parameter("weight")
             norm.bias = nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device), requires_grad=False)
+
+
+def _untie(model: nn.Module, names: Mapping[str, Any]) -> None:
+    """Let transformers no longer tie a table of embeddings to a layer that has codes of its own now."""
+    ties = getattr(model, "all_tied_weights_keys", None)
+    for key, source in dict(ties or {}).items():
+        if {str(key).rpartition(".")[0], str(source).rpartition(".")[0]} & set(names):
+            ties.pop(key)  # type: ignore[union-attr]
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
