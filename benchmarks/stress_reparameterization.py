@@ -107,8 +107,8 @@ def table(runs: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "",
         f"`{facts['model']}` with the channels of {facts['norms']} norms multiplied by exp({facts['sigma']} z), z "
         "normal, and the weights behind them divided by the same: in full precision the logits change by "
-        f"{facts['largest_logit_change']:.1e} of the largest. W4A4, {facts['count']} pictures, mean ± standard deviation "
-        f"over {facts['seeds']} calibration draws, on {facts['device']}. Written by "
+        f"{facts['largest_logit_change']:.1e} of the largest. W4A4, {facts['count']} pictures, mean ± standard "
+        f"deviation over {facts['seeds']} calibration draws, on {facts['device']}. Written by "
         "`benchmarks/stress_reparameterization.py`.",
         "",
         f"Full precision: {100 * runs[0]['fp_top1']:.2f} %.",
