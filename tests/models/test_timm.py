@@ -1,6 +1,6 @@
 """timm's classes with random weights. timm needs torchvision, which cannot be imported beside every build of torch.
 
-So both lie in a folder of their own (`scripts/setup` installs it) and are imported in one process of their own, where the
+So both lie in a folder of their own (`scripts/setup` installs it) and are imported in one process, where the
 two operators that torchvision looks for are declared first.
 """
 
