@@ -6,8 +6,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dither.calibrate import LayerTask, measure, quantize_operands, reparameterize
 from dither.engine.local import Engine
 from dither.formats.spec import WEIGHT_PERCENTILES, QuantSpec, read_spec, spec_field
+from dither.nn.activation import ActivationQuantizer
 from dither.walk import Block, Inputs
 
 # ERQ's long list of percentiles serves every method: measured, RTN gains 20 points at 2 bits over the three of RepQ-ViT
@@ -53,6 +55,16 @@ class Method(BaseModel):
     def run(self, blocks: Iterable[Block], engine: Engine) -> None:
         """Quantize every block that the walk gives, in place."""
         raise TypeError(f"{type(self).__name__} does not define run")
+
+    def measure(
+        self, block: Block, reparameterized: bool = False, round_zero_point: bool = True
+    ) -> tuple[list[LayerTask], dict[str, ActivationQuantizer]]:
+        """What to solve in a block and how its inputs are quantized, with the attention operands done already."""
+        quantize_operands(block, self.operand_specs(), self.inputs)
+        fitted = {}
+        if reparameterized and self.activations is not None:
+            fitted = reparameterize(block, self.activations, self.inputs, round_zero_point)
+        return measure(block, self.input_specs(block), self.inputs, fitted)
 
     def weight_spec(self, layer: str) -> QuantSpec:
         """The weight format of a layer: that of the first matching override, else `weights`."""

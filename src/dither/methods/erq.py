@@ -20,7 +20,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from dither.calibrate import LayerSolution, LayerTask, measure, quantize_operands, reparameterize, solve_and_store
+from dither.calibrate import LayerSolution, LayerTask, solve_and_store
 from dither.engine.local import Engine
 from dither.formats.fit import fit_grid
 from dither.formats.grid import Grid
@@ -57,11 +57,7 @@ class ERQ(Method):
     def run(self, blocks: Iterable[Block], engine: Engine) -> None:
         """Within a block layers are independent, and over the whole model too with `inputs="fp"`."""
         for block in blocks:
-            quantize_operands(block, self.operand_specs(), self.inputs)
-            fitted = {}
-            if self.reparameterize and self.activations is not None:
-                fitted = reparameterize(block, self.activations, self.inputs, self.round_zero_point)
-            tasks, quantizers = measure(block, self.input_specs(block), self.inputs, fitted)
+            tasks, quantizers = self.measure(block, self.reparameterize, self.round_zero_point)
             solve_and_store(block, tasks, quantizers, self.solve, engine)
 
     def solve(self, task: LayerTask) -> LayerSolution:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from dither.calibrate import LayerSolution, LayerTask, measure, quantize_operands, reparameterize, solve_and_store
+from dither.calibrate import LayerSolution, LayerTask, solve_and_store
 from dither.engine.local import Engine
 from dither.formats.fit import fit_grid
 from dither.formats.qtensor import quantize
@@ -31,11 +31,7 @@ class RepQ(Method):
     def run(self, blocks: Iterable[Block], engine: Engine) -> None:
         """Fit per-channel ranges, fold them, round what came out."""
         for block in blocks:
-            quantize_operands(block, self.operand_specs(), self.inputs)
-            fitted = {}
-            if self.activations is not None:
-                fitted = reparameterize(block, self.activations, self.inputs, self.round_zero_point)
-            tasks, quantizers = measure(block, self.input_specs(block), self.inputs, fitted)
+            tasks, quantizers = self.measure(block, reparameterized=True, round_zero_point=self.round_zero_point)
             solve_and_store(block, tasks, quantizers, self.solve, engine)
 
     def solve(self, task: LayerTask) -> LayerSolution:

@@ -7,7 +7,7 @@ Departs from: nothing; there is no paper to depart from.
 from collections.abc import Iterable
 from typing import ClassVar
 
-from dither.calibrate import LayerSolution, LayerTask, measure, quantize_operands, solve_and_store
+from dither.calibrate import LayerSolution, LayerTask, solve_and_store
 from dither.engine.local import Engine
 from dither.formats.fit import fit_grid
 from dither.formats.qtensor import quantize
@@ -23,8 +23,7 @@ class RTN(Method):
     def run(self, blocks: Iterable[Block], engine: Engine) -> None:
         """Fit input ranges, round, store."""
         for block in blocks:
-            quantize_operands(block, self.operand_specs(), self.inputs)
-            tasks, quantizers = measure(block, self.input_specs(block), self.inputs, {})
+            tasks, quantizers = self.measure(block)
             solve_and_store(block, tasks, quantizers, self.solve, engine)
 
     def solve(self, task: LayerTask) -> LayerSolution:
