@@ -128,6 +128,14 @@ def test_layers_of_a_group_with_other_formats_or_without_bias_are_measured_apart
     assert tasks[2].gram.cross is tasks[2].gram.quantized
 
 
+def test_patches_are_cut_once_where_both_inputs_are_the_same(tiny: Callable[..., Any]) -> None:
+    network = tiny("ResNetForImageClassification")
+    block = next(iter(visit(network, [network.batch(2)])))
+    (task,), _ = measure(block, dict.fromkeys(block.unit.layers), "fp", {})
+    assert task.gram is not None
+    assert task.gram.cross is task.gram.quantized is task.gram.original
+
+
 class Seen:
     """Inputs of each layer of a network, all batches together."""
 

@@ -87,6 +87,18 @@ def test_a_reparameterized_transformers_model_resumes_with_its_attention(
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu_resumes_there(network: Any, tmp_path: Path) -> None:
+    run(network, tmp_path / "whole", device="cuda")
+    with pytest.raises(StopError):
+        run(network, tmp_path / "out", units=2, device="cuda")
+    resumed = run(network, tmp_path / "out", resume=True, device="cuda")
+    assert {x.device.type for x in resumed.model.state_dict().values()} == {"cuda"}
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_run_may_be_interrupted_again_and_again(network: Any, tmp_path: Path) -> None:
     run(network, tmp_path / "whole")
     for units in (1, 2, 3):
