@@ -89,18 +89,18 @@ def compare(
 
 
 def _model_facts(network: Network, top: float | None) -> dict[str, Any]:
-    parameters = list(network.model.parameters())
+    parameters, size = sum(p.numel() for p in network.model.parameters()), network.stored_bytes
     return {
         "model": {
             "name": network.name,
             "class": type(network.model).__name__,
-            "parameters": sum(p.numel() for p in parameters),
+            "parameters": parameters,
             "source": network.name,
         },
         "reference": {
             "top1": top,
-            "size_bytes": sum(p.numel() * p.element_size() for p in parameters),
-            "bits_per_weight": 8 * parameters[0].element_size(),
+            "size_bytes": size,
+            "bits_per_weight": 8 * size / parameters,
         },
     }
 

@@ -93,7 +93,8 @@ def plan(
     """
     run, _ = _begin(model, method, calibration, count, seed, batch_size, device)
     model_sha256(run.network.model)  # refuses NaN
-    return make_plan(run.network.model, run.anatomy, run.method, run.network.run, run.data.batches)
+    made = make_plan(run.network.model, run.anatomy, run.method, run.network.run, run.data.batches)
+    return made | {"original_bytes": run.original_bytes}
 
 
 def _begin(
@@ -181,7 +182,7 @@ class _Run:
         self.network, self.method, self.data = network, method, data
         self.unfinished: Unfinished | None = None
         self.progress: Progress | None = None
-        self.original_bytes = sum(p.numel() * p.element_size() for p in network.model.parameters())
+        self.original_bytes = network.stored_bytes
         self.parameters = sum(p.numel() for p in network.model.parameters())
         self.records: list[LayerRecord] = []
         self.operands: list[dict[str, Any]] = []

@@ -165,3 +165,14 @@ def test_only_asymmetric_integers_store_zero_points() -> None:
     }
     assert stores == {"int4": False, "int4:asym": True, "int4:unsigned": False, "log2-4:asym": False}
     assert [QuantSpec(bits=bits).levels for bits in (1, 3, 8)] == [2, 8, 256]
+
+
+def test_a_text_that_replaces_token_granularity_is_static_unless_it_says_dynamic() -> None:
+    token = QuantSpec.parse("int8:token")
+    assert not QuantSpec.parse("int8:tensor", token).dynamic
+    assert QuantSpec.parse("int8:tensor:dynamic", token).dynamic
+
+
+def test_logarithmic_codes_refuse_a_squared_error_search() -> None:
+    with pytest.raises(SpecError, match="percentile or minmax"):
+        QuantSpec.parse("log2-4:tensor:mse")

@@ -91,6 +91,8 @@ class QuantSpec(BaseModel):
             raise SpecError(f"{self}: dual grids are two grids a row; write intB:channel:dual")
         if self.narrow and (self.bits == 1 or self.symmetry != "sym"):
             raise SpecError(f"{self}: narrow leaves out the lowest code of a symmetric grid of 2 bits or more")
+        if self.kind in ("log2", "logsqrt2") and self.search == "mse":
+            raise SpecError(f"{self}: logarithmic codes are searched by percentile or minmax")
         if self.kind == "twin" and self.bits == 1:
             raise SpecError("twin1: twin grids spend one bit on the region and need 2 bits or more")
         return self
@@ -113,6 +115,8 @@ class QuantSpec(BaseModel):
         fields |= {"kind": matched[1].rstrip("-"), "bits": int(matched[2])}
         for token in tokens:
             fields |= _token(token, text)
+        if base is not None and base.granularity == "token" and fields["granularity"] != "token":
+            fields["dynamic"] = "dynamic" in tokens  # it came with the token granularity that the text replaces
         try:
             return cls(**fields)
         except ValidationError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dither.data import ImageProcessor, default_processor, load_processor
@@ -62,6 +63,13 @@ class Network:
     def channels(self) -> int:
         """Channels of the pictures the model expects."""
         return int(self.config.get("num_channels", 3))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weights where they came from: the folder's files, else the tensors in memory."""
+        files = [] if self.source is None else list(self.source.glob("*.safetensors"))
+        in_memory = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return sum(file.stat().st_size for file in files) or in_memory
 
     @property
     def device(self) -> torch.device:
@@ -156,8 +164,6 @@ def _from_pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[nn.Mo
 
 
 def _load_timm(folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    from safetensors.torch import load_file
-
     try:
         import timm
     except (ImportError, RuntimeError) as error:
@@ -170,20 +176,25 @@ def _load_timm(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     )
     if "quantization_config" in config:
         rebuild(model, config["quantization_config"])
-    load_state(model, load_file(folder / WEIGHTS), str(folder))
+    load_state(model, _read_state(folder), str(folder))
     model.config = dict(config)  # type: ignore[assignment]
     return model
 
 
 def load_into(model: nn.Module, folder: Path) -> nn.Module:
     """Fill a full-precision instance of the stored class from the folder, in place; returns it in evaluation mode."""
-    from safetensors.torch import load_file
-
     config = read_config(folder)
     if "quantization_config" in config:
         rebuild(model, config["quantization_config"])
-    load_state(model, load_file(folder / WEIGHTS), str(folder))
+    load_state(model, _read_state(folder), str(folder))
     return model.eval()
+
+
+def _read_state(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{str(folder / WEIGHTS)!r} cannot be read: {error}") from None
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
