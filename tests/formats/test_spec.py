@@ -171,8 +171,3 @@ def test_a_text_that_replaces_token_granularity_is_static_unless_it_says_dynamic
     token = QuantSpec.parse("int8:token")
     assert not QuantSpec.parse("int8:tensor", token).dynamic
     assert QuantSpec.parse("int8:tensor:dynamic", token).dynamic
-
-
-def test_logarithmic_codes_refuse_a_squared_error_search() -> None:
-    with pytest.raises(SpecError, match="percentile or minmax"):
-        QuantSpec.parse("log2-4:tensor:mse")

@@ -95,7 +95,7 @@ def _fit_log(sample: Float[Tensor, "n d"], spec: QuantSpec) -> Float[Tensor, ""]
         raise SpecError(f"logarithmic format {spec} has one scale a tensor; write {spec.kind}-{spec.bits}:tensor")
     if float(sample.min()) < 0:
         raise SpecError(f"logarithmic format {spec} holds values from 0 up, got a minimum of {float(sample.min()):.4g}")
-    shares = spec.percentiles if spec.search == "percentile" else (1.0,)
+    shares = (1.0,) if spec.search == "minmax" else spec.percentiles
     tops = [top[0].clamp_min(1e-12) for top in quantiles(sample.reshape(1, -1), shares)]
     errors = [decode_log(encode_log(sample, top, spec), top, spec).sub_(sample).square_().mean() for top in tops]
     return tops[int(torch.stack(errors).argmin())]

@@ -91,8 +91,6 @@ class QuantSpec(BaseModel):
             raise SpecError(f"{self}: dual grids are two grids a row; write intB:channel:dual")
         if self.narrow and (self.bits == 1 or self.symmetry != "sym"):
             raise SpecError(f"{self}: narrow leaves out the lowest code of a symmetric grid of 2 bits or more")
-        if self.kind in ("log2", "logsqrt2") and self.search == "mse":
-            raise SpecError(f"{self}: logarithmic codes are searched by percentile or minmax")
         if self.kind == "twin" and self.bits == 1:
             raise SpecError("twin1: twin grids spend one bit on the region and need 2 bits or more")
         return self
