@@ -116,7 +116,7 @@ def tiny() -> Callable[..., Tiny]:
 class Mlp(nn.Module):
     """A plain module without configuration: an attention of its own, odd sizes, layers with and without bias."""
 
-    def __init__(self, width: int = 20, heads: int = 2, hidden: int = 37, depth: int = 2, inputs: int = 7) -> None:
+    def __init__(self, width: int = 12, heads: int = 2, hidden: int = 17, depth: int = 2, inputs: int = 7) -> None:
         super().__init__()
         self.stem = nn.Linear(inputs, width)
         self.blocks = nn.ModuleList(OddBlock(width, heads, hidden) for _ in range(depth))
@@ -150,7 +150,7 @@ class OddBlock(nn.Module):
 
 @pytest.fixture
 def odd() -> Callable[..., Tiny]:
-    """Makes a plain module of odd sizes: width 20, hidden 37."""
+    """Makes a plain module of odd sizes: width 12, hidden 17."""
 
     def make(seed: int = 0, **sizes: int) -> Tiny:
         inputs = sizes.get("inputs", 7)
