@@ -196,3 +196,14 @@ def test_layers_can_be_all_kept(odd: Callable[..., Any]) -> None:
     result = dither.quantize(network.model, dither.RTN(skip=["*"]), network.batch(2))
     assert quantized(result.model) == []
     assert torch.equal(network.logits(network.batch(2), result.model), network.logits(network.batch(2)))
+
+
+def test_token_ranges_are_refused_for_a_convolution_before_anything_runs() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3))
+    with pytest.raises(SpecError, match="2: a convolution has no tokens; write int8:tensor"):
+        dither.quantize(model, dither.RTN(activations="int8:token"), torch.randn(2, 3, 8, 8))
+
+
+def test_probabilities_follow_the_activations_in_log_codes_below_six_bits() -> None:
+    assert str(dither.ERQ(activations="int4").probabilities) == "logsqrt2-4:tensor:unsigned:percentile"
+    assert str(dither.ERQ(activations="int8").probabilities) == "int8:tensor:unsigned:percentile"

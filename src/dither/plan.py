@@ -32,6 +32,9 @@ def check_formats(model: nn.Module, anatomy: Anatomy, method: Method) -> None:
         spec = method.weight_spec(name)
         if spec.kind != "int" or spec.dynamic:
             raise SpecError(f"{name}: weights need a static uniform format, got {spec}; try int{spec.bits}")
+        inputs = method.entry_activations if name == anatomy.entry else method.activations
+        if inputs is not None and inputs.granularity == "token" and isinstance(model.get_submodule(name), nn.Conv2d):
+            raise SpecError(f"{name}: a convolution has no tokens; write int{inputs.bits}:tensor, or skip it")
         try:
             layout(spec, _matrix_shape(model, name))
         except ShapeError as error:

@@ -14,6 +14,7 @@ from dither.walk import Block, Inputs
 
 # ERQ's long list of percentiles serves every method: measured, RTN gains 20 points at 2 bits over the three of RepQ-ViT
 WEIGHTS = QuantSpec.parse("int4:channel:asym:percentile").model_copy(update={"percentiles": WEIGHT_PERCENTILES})
+FINE = 6  # bits from which uniform steps are finer than log-sqrt2's, whose relative error does not fall with bits
 ACTIVATIONS = "int4:tensor:asym:percentile"
 WeightSpec = Annotated[QuantSpec, spec_field(WEIGHTS)]
 ActivationSpec = Annotated[QuantSpec | None, spec_field(ACTIVATIONS)]
@@ -48,7 +49,7 @@ class Method(BaseModel):
         granularity = "tensor" if spec.granularity == "channel" else spec.granularity
         follow = {
             "attention": spec.model_copy(update={"granularity": granularity}),
-            "probabilities": f"logsqrt2-{spec.bits}",
+            "probabilities": f"logsqrt2-{spec.bits}" if spec.bits < FINE else f"int{spec.bits}",
         }
         return follow | data
 
