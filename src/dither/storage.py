@@ -1,6 +1,7 @@
 """Writing a quantized network as a folder, and checking what was written with an independent reader.
 
-The reader shares nothing with the writer: it decodes the bits with numpy from config.json and the file alone.
+The reader shares no decoding with the writer: it decodes the file's bits with numpy from the structure that goes into
+config.json.
 """
 
 import json
@@ -76,12 +77,12 @@ def write_text(text: str, path: Path) -> None:
 
 
 def write_json(data: Any, path: Path) -> None:
-    """JSON with sorted structure left as given, one final newline."""
+    """JSON, keys in the order given, with one final newline."""
     write_text(json.dumps(data, indent=1) + "\n", path)
 
 
 def write_network(network: Network, folder: Path) -> None:
-    """Tensors, processor and, last, config.json, whose presence says that the folder is whole; then read it all back.
+    """Tensors and processor; the tensors are read back; last config.json, whose presence says the network is whole.
 
     Raises:
         StorageError: writing failed, or what was read back differs.
