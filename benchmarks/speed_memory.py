@@ -25,7 +25,7 @@ before = peak_rss()
 method = dither.recipe.parse_method(method, {"weights": "int3", "activations": "int4"})
 result = dither.quantize(model, method, calibration, device=device)
 totals, layers = result.report.data["totals"], result.report.data["layers"]
-print(json.dumps({"before": before, "peak": peak_rss(), "original": totals["original_bytes"],
+print(json.dumps({"before": before, "peak": peak_rss(), "memory": 4 * totals["parameters"],
     "time_s": totals["time_s"], "layers": [[row["shape"], row["time_s"]] for row in layers]}))
 """
 
@@ -39,16 +39,16 @@ def measure(model: str, calibration: str, method: str, device: str) -> dict[str,
 
 
 def collect(given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in given.methods}
     for turn in range(given.rounds):
-        for method in METHODS:
+        for method in given.methods:
             runs[method].append(measure(given.model, given.calibration, method, given.device))
             print(f"round {turn + 1} {method} {runs[method][-1]['time_s']:.1f} s", flush=True)
     return runs
 
 
 def table(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> str:
-    size = runs["gptq"][0]["original"]
+    size = next(iter(runs.values()))[0]["memory"]
     lines = [
         "# Time and memory of quantization",
         "",
@@ -75,9 +75,9 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for method in ("gptq", "erq-v2", "erq"):
+    for method, rows in runs.items():
         points: dict[tuple[int, int], list[float]] = {}
-        for row in runs[method]:
+        for row in rows:
             for shape, seconds in row["layers"]:
                 points.setdefault((shape[0], shape[1]), []).append(seconds)
         ordered = sorted(points.items(), key=lambda item: item[0][0] * item[0][1])
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="the first should be gptq")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("docs/results/speed_memory"))
     given = parser.parse_args()

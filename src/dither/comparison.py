@@ -64,7 +64,7 @@ def compare(
         try:
             result = quantize(network.model, method, source, count=count, seed=draw, workers=workers, progress=within)
             found = evaluate(result.network, pictures, reference=reference, batch_size=batch_size)
-        except DitherError as error:
+        except (DitherError, RuntimeError) as error:  # RuntimeError: torch is out of memory, or a factorization failed
             failures.append({"method": label, "seed": draw, "error": str(error)})
             continue
         facts = facts or {**result.report.data["provenance"], "seed": _span(draws)}
@@ -111,7 +111,8 @@ def _jobs(
     jobs: list[tuple[str, Method]] = []
     for method in methods:
         if isinstance(method, Method):
-            jobs.append((method.name, method))
+            same = sum(label.partition(" #")[0] == method.name for label, _ in jobs)
+            jobs.append((f"{method.name} #{same + 1}" if same else method.name, method))
             continue
         for weight in weights or (None,):
             for activation in activations or (None,):

@@ -5,6 +5,7 @@ the next block, the finished one is handed to `on_done` (which writes it) and th
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -186,7 +187,8 @@ class Block:
     def once(self) -> Any:
         """The full-precision block's output for the first batch."""
         stream = next(iter(self.streams.values()))
-        return next(iter(stream.run(self.reference)))
+        with closing(stream.run(self.reference)) as outputs:
+            return next(outputs)
 
     def store(
         self,

@@ -12,7 +12,7 @@ from dither.formats.spec import WEIGHT_PERCENTILES, QuantSpec, read_spec, spec_f
 from dither.nn.activation import ActivationQuantizer
 from dither.walk import Block, Inputs
 
-# ERQ's long list of percentiles serves every method: measured, RTN gains 20 points at 2 bits over the three of RepQ-ViT
+# ERQ's long list of percentiles serves every method, so that all search their ranges alike
 WEIGHTS = QuantSpec.parse("int4:channel:asym:percentile").model_copy(update={"percentiles": WEIGHT_PERCENTILES})
 FINE = 6  # bits from which uniform steps are finer than log-sqrt2's, whose relative error does not fall with bits
 ACTIVATIONS = "int4:tensor:asym:percentile"

@@ -5,7 +5,7 @@ is suspended with the unit's arguments; the walk computes the unit's output, wit
 and hands it back. Whatever the model does between its units runs as written, so nothing has to be traced or known.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,12 +87,14 @@ class Stream:
         """The unit at which the passes wait; None at the end."""
         return self.calls[0].unit if self.calls else None
 
-    def run(self, module: nn.Module) -> Iterator[Any]:
+    def run(self, module: nn.Module) -> Generator[Any, None, None]:
         """The module's output for each batch in turn, inputs fetched and parked around each."""
         for call in self.calls:
             self._spill.fetch((call.args, call.kwargs))
-            yield module(*call.args, **call.kwargs)
-            self._spill.park((call.args, call.kwargs))
+            try:
+                yield module(*call.args, **call.kwargs)
+            finally:  # whoever stops after the first batch still leaves it parked
+                self._spill.park((call.args, call.kwargs))
 
     def outputs(self, module: nn.Module) -> list[Any]:
         """All outputs, parked."""
