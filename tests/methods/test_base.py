@@ -10,10 +10,10 @@ from dither.walk import Block
 
 
 def test_attention_follows_the_bits_of_activations_where_it_is_not_given() -> None:
-    method = RTN(activations="int6:token")
+    method = RTN(activations="int5:token")
     assert str(method.attention) == str(method.activations)
     assert method.probabilities is not None
-    assert (method.probabilities.kind, method.probabilities.bits) == ("logsqrt2", 6)
+    assert (method.probabilities.kind, method.probabilities.bits) == ("logsqrt2", 5)
     assert RTN().attention is RTN().probabilities is RTN().activations is None
     given = RTN(activations="int4", attention="int8", probabilities="none")
     assert given.attention is not None
