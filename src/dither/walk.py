@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Float
@@ -78,7 +77,6 @@ class Block:
     operand_records: list[dict[str, Any]] = field(default_factory=list)
     remarks: dict[str, str] = field(default_factory=dict)  # module name → what was done to it, or why not
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # layer → extremes of its input
-    started: float = field(default_factory=perf_counter)
 
     def layer(self, name: str) -> nn.Linear | nn.Conv2d:
         """The full-precision layer of a full name."""
