@@ -44,8 +44,8 @@ FORMATS += [
 def test_the_independent_reader_decodes_every_format(text: str) -> None:
     weight = torch.randn(9, 12, generator=torch.Generator().manual_seed(0))
     stored = quantize(weight, fit_grid(weight, QuantSpec.parse(text)))
-    found = torch.from_numpy(decode(stored.pack(), stored.spec, stored.shape))
-    unpacked = type(stored).unpack(stored.pack(), stored.spec, stored.shape)
+    found = torch.from_numpy(decode(stored.pack(), stored.layout))
+    unpacked = type(stored).unpack(stored.pack(), stored.layout)
     assert torch.equal(found, unpacked.dequantize())
 
 

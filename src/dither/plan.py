@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dither.errors import ShapeError, SpecError
-from dither.formats.qtensor import layout
+from dither.formats.layout import Layout
 from dither.formats.spec import QuantSpec
 from dither.methods.base import Method
 from dither.models.anatomy import Anatomy
@@ -30,13 +30,13 @@ def check_formats(model: nn.Module, anatomy: Anatomy, method: Method) -> None:
     """
     for name in anatomy.layers:
         spec = method.weight_spec(name)
-        if spec.kind != "int" or spec.dynamic:
-            raise SpecError(f"{name}: weights need a static uniform format, got {spec}; try int{spec.bits}")
+        if spec.kind not in method.kinds or spec.dynamic:
+            raise SpecError(_refusal(name, spec, method))
         inputs = method.entry_activations if name == anatomy.entry else method.activations
         if inputs is not None and inputs.granularity == "token" and isinstance(model.get_submodule(name), nn.Conv2d):
             raise SpecError(f"{name}: a convolution has no tokens; write int{inputs.bits}:tensor, or skip it")
         try:
-            layout(spec, _matrix_shape(model, name))
+            Layout(spec, _matrix_shape(model, name)).tensors()
         except ShapeError as error:
             raise ShapeError(f"{name}: {error}") from None
     for field in ("activations", "attention", "probabilities", "entry_activations"):
@@ -45,6 +45,15 @@ def check_formats(model: nn.Module, anatomy: Anatomy, method: Method) -> None:
             raise SpecError(
                 f"{field} {spec}: activations have one range a tensor or a token; write int{spec.bits}:tensor"
             )
+
+
+def _refusal(name: str, spec: QuantSpec, method: Method) -> str:
+    if spec.kind == "nuq":
+        return f"{name}: {spec} needs a method that fits a codebook, such as squeezellm; {method.name} does not"
+    known = [kind for kind in ("int", "mxint", "nf", "fp", "nuq") if kind in method.kinds]
+    least = {"nf": "nf4", "fp": "fp4"}.get(known[0], f"{known[0]}{spec.bits}") if known else "another method"
+    wanted = "static uniform" if set(known) <= {"int", "mxint"} else f"static ({', '.join(known)})"
+    return f"{name}: weights of {method.name} need a {wanted} format, got {spec}; try {least}"
 
 
 def _matrix_shape(model: nn.Module, name: str) -> tuple[int, int]:
@@ -121,9 +130,14 @@ def _measure(model: nn.Module, anatomy: Anatomy, run: Any, batch: Any) -> tuple[
 
 def _plan_layer(model: nn.Module, name: str, method: Method) -> dict[str, Any]:
     shape, spec, layer = _matrix_shape(model, name), method.weight_spec(name), model.get_submodule(name)
-    sizes = [torch.Size(size).numel() * dtype.itemsize for size, dtype in layout(spec, shape).values()]
     gram = is_layer(layer) and has_gram(layer)
-    return {"name": name, "shape": list(shape), "weights": str(spec), "nbytes": sum(sizes), "gram": gram}
+    return {
+        "name": name,
+        "shape": list(shape),
+        "weights": str(spec),
+        "nbytes": Layout(spec, shape).nbytes,
+        "gram": gram,
+    }
 
 
 def _solve_seconds(rows: list[dict[str, Any]]) -> float:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dither.errors import ShapeError
 from dither.formats.fit import fit_grid
-from dither.formats.qtensor import QTensor, layout, quantize
+from dither.formats.qtensor import QTensor, quantize
 from dither.formats.spec import QuantSpec
 
 SHAPE = (24, 36)
@@ -28,7 +28,7 @@ def stored(text: str, scale_dtype: str = "float16", shape: tuple[int, int] = SHA
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "g4", "g9", "g3:ic", "g24:ic", "dual"])
 def test_unpacking_gives_back_codes_and_grid_exactly(granularity: str, shift: str, scale_dtype: str) -> None:
     before = stored(f"int3:{granularity}:{shift}", scale_dtype, offset=2.0 if "tight" in shift else 0.0)
-    after = QTensor.unpack(before.pack(), before.spec, before.shape)
+    after = QTensor.unpack(before.pack(), before.layout)
     assert torch.equal(after.codes, before.codes)
     assert torch.equal(after.grid.scale, before.grid.scale)
     assert torch.equal(after.grid.zero_point, before.grid.zero_point)
@@ -40,7 +40,7 @@ def test_unpacking_gives_back_codes_and_grid_exactly(granularity: str, shift: st
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_width_packs_and_unpacks_exactly(bits: int, shift: str) -> None:
     before = stored(f"int{bits}:{shift}", shape=(5, 13))
-    assert torch.equal(QTensor.unpack(before.pack(), before.spec, (5, 13)).dequantize(), before.dequantize())
+    assert torch.equal(QTensor.unpack(before.pack(), before.layout).dequantize(), before.dequantize())
 
 
 @pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
@@ -51,7 +51,7 @@ def test_the_layout_says_what_pack_gives_and_its_bytes_are_counted(
 ) -> None:
     tensor = stored(f"int5:{granularity}:{shift}", scale_dtype)
     parts = tensor.pack()
-    assert {name: (tuple(part.shape), part.dtype) for name, part in parts.items()} == layout(tensor.spec, SHAPE)
+    assert {name: (tuple(part.shape), part.dtype) for name, part in parts.items()} == tensor.layout.tensors()
     assert tensor.nbytes == sum(part.numel() * part.element_size() for part in parts.values())
 
 
@@ -100,8 +100,8 @@ def test_a_stored_tensor_that_is_missing_or_misshapen_is_named() -> None:
     tensor = stored("int4:asym")
     parts = tensor.pack()
     with pytest.raises(ShapeError, match=r"stored scale of int4:channel:asym for weight \(24, 36\).*got nothing"):
-        QTensor.unpack({name: part for name, part in parts.items() if name != "scale"}, tensor.spec, SHAPE)
+        QTensor.unpack({name: part for name, part in parts.items() if name != "scale"}, tensor.layout)
     with pytest.raises(ShapeError, match=r"stored codes .*expected \(24, 18\) torch.uint8, got \(23, 18\)"):
-        QTensor.unpack(parts | {"codes": parts["codes"][1:]}, tensor.spec, SHAPE)
+        QTensor.unpack(parts | {"codes": parts["codes"][1:]}, tensor.layout)
     with pytest.raises(ShapeError, match=r"expected \(24, 1\) torch.float16, got \(24, 1\) torch.float32"):
-        QTensor.unpack(parts | {"scale": parts["scale"].float()}, tensor.spec, SHAPE)
+        QTensor.unpack(parts | {"scale": parts["scale"].float()}, tensor.layout)

@@ -156,7 +156,7 @@ def test_a_change_of_the_networks_dtype_leaves_stored_scales_as_they_are(scale_d
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_empty_layer_takes_the_state_of_a_quantized_one(text: str) -> None:
     layer, weight = linear(13, 7, bias=True, text=text)
-    empty = QuantizedLinear(PackedWeight(weight.spec, (7, 13)), torch.zeros(7), None, torch.float32)
+    empty = QuantizedLinear(PackedWeight(weight.layout), torch.zeros(7), None, torch.float32)
     empty.load_state_dict(layer.state_dict())
     x = drawn(3, 13, seed=2)
     assert torch.equal(empty(x), layer(x))

@@ -1,4 +1,4 @@
-"""Fitting a uniform grid to a weight matrix."""
+"""Fitting a grid, or the scales of a fixed codebook, to a weight matrix."""
 
 from collections.abc import Callable
 
@@ -7,24 +7,55 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dither.errors import SpecError
+from dither.formats.codebook import Codebook
 from dither.formats.grid import Grid, column_index, grid_shape, group_size, row_index
-from dither.formats.ranges import affine, search_range
+from dither.formats.ranges import affine, search_range, stored_scale
 from dither.formats.spec import QuantSpec
 
 OUTLIER_PERCENTILE = 0.99  # ERQ v2 released code: 99th of the positive, 1st of the negative entries
 OUTLIER_COLUMNS_PER_ROW = 20  # ERQ v2 released code: one outlier column for every 20 output rows
 
 
-def fit_grid(weight: Float[Tensor, "o i"], spec: QuantSpec, importance: Float[Tensor, " i"] | None = None) -> Grid:
-    """The grid of least error (as `spec.search` defines it) for a weight matrix.
+def fit_grid(
+    weight: Float[Tensor, "o i"], spec: QuantSpec, importance: Float[Tensor, " i"] | None = None
+) -> Grid | Codebook:
+    """The grid (for nf4 and fp4 the codebook) of least error, as `spec.search` defines it, for a weight matrix.
 
     `importance` weighs the error in each column, as the mean square of its input does for the layer's output.
 
     Raises:
-        SpecError: the format cannot hold a weight (token granularity, logarithmic codes).
+        SpecError: the format cannot hold a weight (token granularity, logarithmic codes), or its levels need a solver.
         ShapeError: a group size does not divide.
     """
-    if spec.kind != "int" or spec.granularity == "token":
+    if spec.is_codebook:
+        return fit_codebook(weight, spec)
+    return fit_uniform(weight, spec, importance)
+
+
+def fit_codebook(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Codebook:
+    """Fixed levels (nf4, fp4) scaled to the largest magnitude of each cell.
+
+    Raises:
+        SpecError: the levels themselves have to be fitted (nuq), or a scale does not fit into its storage dtype.
+        ShapeError: a group size does not divide.
+    """
+    if spec.kind == "nuq":
+        raise SpecError(f"{spec} needs a method that fits a codebook to the weights, such as squeezellm")
+    rows, columns = weight.shape
+    scale = stored_scale(_cells(weight, spec).abs().amax(dim=1), spec).reshape(grid_shape(spec, rows, columns))
+    return Codebook.of_scale(
+        spec, scale, row_index(spec, rows, weight.device), column_index(spec, columns, weight.device)
+    )
+
+
+def fit_uniform(weight: Float[Tensor, "o i"], spec: QuantSpec, importance: Float[Tensor, " i"] | None = None) -> Grid:
+    """As `fit_grid`, for those who count in steps: the format must be uniform.
+
+    Raises:
+        SpecError: the format is not uniform, or cannot hold a weight.
+        ShapeError: a group size does not divide.
+    """
+    if spec.kind not in ("int", "mxint") or spec.granularity == "token":
         raise SpecError(f"weights need a uniform format per tensor, channel or group, got {spec}; try int{spec.bits}")
     importance = weight.new_ones(weight.shape[1]) if importance is None else importance.to(weight)
     importance = (

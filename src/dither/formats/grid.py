@@ -26,8 +26,8 @@ def highest_code(spec: QuantSpec) -> int:
 
 
 def lowest_code(spec: QuantSpec) -> int:
-    """The smallest code of the grid: 1 where a narrow symmetric grid leaves out the lowest."""
-    return 1 if spec.narrow else 0
+    """The smallest code of the grid: 1 where a narrow symmetric grid (or a sign and magnitude) has none lower."""
+    return 1 if spec.narrow or spec.kind == "mxint" else 0
 
 
 def implied_zero_point(spec: QuantSpec) -> float:
@@ -143,5 +143,5 @@ def grid_shape(spec: QuantSpec, rows: int, columns: int) -> tuple[int, int]:
     if spec.granularity == "group":
         if spec.group_along == "outputs":
             return rows // group_size(spec, rows), columns
-        return rows, columns // group_size(spec, columns)
+        return rows, columns // group_size(spec, columns) * (2 if spec.dual else 1)
     return rows, 2 if spec.dual else 1

@@ -1,25 +1,30 @@
-"""QTensor: a weight as it is stored, codes on a grid, with its bytes counted honestly."""
+"""QTensor: a weight as it is stored: codes on a grid, outliers and a correction, with its bytes counted honestly."""
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from dither.errors import ShapeError
-from dither.formats.grid import Grid, column_index, grid_shape, highest_code, implied_zero_point, row_index
-from dither.formats.packing import pack, packed_width, unpack
-from dither.formats.ranges import scale_dtype
+from dither.formats.codebook import Codebook
+from dither.formats.grid import Grid, column_index, highest_code, implied_zero_point, row_index
+from dither.formats.layout import Layout, packs_zero_point
+from dither.formats.low_rank import LowRank
+from dither.formats.packing import pack, unpack
+from dither.formats.ranges import EXPONENT_BIAS, scale_dtype
+from dither.formats.sparse import Sparse
 from dither.formats.spec import QuantSpec
 
 
 @dataclass(frozen=True)
 class QTensor:
-    """Codes [o, i] of at most 8 bits and the grid that gives them their values."""
+    """Codes [o, i] of at most 8 bits, the grid that gives them their values, and what is added to these."""
 
     codes: UInt8[Tensor, "o i"]
-    grid: Grid
+    grid: Grid | Codebook
+    sparse: Sparse | None = None
+    low_rank: LowRank | None = None
 
     @property
     def spec(self) -> QuantSpec:
@@ -31,14 +36,26 @@ class QTensor:
         """[o, i]."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    @property
+    def layout(self) -> Layout:
+        """What its stored tensors look like."""
+        outliers = None if self.sparse is None else self.sparse.count
+        low_rank = None if self.low_rank is None else (self.low_rank.rank, self.low_rank.dtype)
+        return Layout(self.spec, self.shape, outliers, low_rank)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o i"]:
-        """The values that the codes stand for; computed in float32."""
-        return self.grid.decode(self.codes.float()).to(dtype)
+        """The values that the codes stand for, plus outliers and correction; computed in float32."""
+        dense = self.grid.decode(self.codes.float())
+        if self.sparse is not None:
+            dense = dense + self.sparse.dense()
+        if self.low_rank is not None:
+            dense = dense + self.low_rank.dense()
+        return dense.to(dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk: packed codes, scales, zero-points and the column set of a dual grid."""
-        return sum(prod(size) * dtype.itemsize for size, dtype in layout(self.spec, self.shape).values())
+        """Bytes on disk: packed codes, scales or levels, zero-points, column sets, outliers, correction."""
+        return self.layout.nbytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -47,74 +64,79 @@ class QTensor:
 
     def pack(self) -> dict[str, Tensor]:
         """The stored tensors by their short names; `layout` says their shapes."""
-        spec, parts = self.spec, {"codes": pack(self.codes, self.spec.bits)}
-        parts["scale"] = self.grid.scale.to(scale_dtype(spec))
-        if spec.stores_zero_point:
-            parts["zero_point"] = _pack_zero_point(self.grid.zero_point, spec)
-        if spec.dual and self.grid.column_of is not None:
-            parts["column_set"] = pack(self.grid.column_of.to(torch.uint8)[None], bits=1)[0]
+        parts = {"codes": pack(self.codes, self.spec.bits), **_pack_grid(self.grid)}
+        if self.spec.dual and self.grid.column_of is not None:
+            parts["column_set"] = pack((self.grid.column_of % 2).to(torch.uint8)[None], bits=1)[0]
+        for extra in (self.sparse, self.low_rank):
+            parts |= {} if extra is None else extra.pack()
         return parts
 
     @classmethod
-    def unpack(cls, parts: dict[str, Tensor], spec: QuantSpec, shape: tuple[int, int]) -> "QTensor":
+    def unpack(cls, parts: dict[str, Tensor], layout: Layout) -> "QTensor":
         """The inverse of `pack`.
 
         Raises:
-            ShapeError: a stored tensor is missing or has another shape than spec and shape say.
+            ShapeError: a stored tensor is missing or has another shape than the layout says.
         """
-        for name, (size, dtype) in layout(spec, shape).items():
+        spec, shape = layout.spec, layout.shape
+        for name, (size, dtype) in layout.tensors().items():
             if name not in parts or parts[name].shape != size or parts[name].dtype != dtype:
                 found = f"{tuple(parts[name].shape)} {parts[name].dtype}" if name in parts else "nothing"
                 raise ShapeError(f"stored {name} of {spec} for weight {shape}: expected {size} {dtype}, got {found}")
-        device, (rows, columns) = parts["codes"].device, shape
-        scale = parts["scale"].float()
-        zero_point = torch.full_like(scale, implied_zero_point(spec))
-        if spec.stores_zero_point:
-            zero_point = _unpack_zero_point(parts["zero_point"], spec, scale.shape[1])
-        column_of = column_index(spec, columns, device)
-        if spec.dual:
-            column_of = unpack(parts["column_set"][None], bits=1, count=columns)[0].long()
-        grid = Grid(spec, scale, zero_point, row_index(spec, rows, device), column_of)
-        return cls(unpack(parts["codes"], spec.bits, columns), grid)
+        sparse = None if layout.outliers is None else Sparse.unpack(parts, shape)
+        low_rank = None if layout.low_rank is None else LowRank.unpack(parts, layout.low_rank[1])
+        return cls(unpack(parts["codes"], spec.bits, shape[1]), _unpack_grid(parts, spec, shape), sparse, low_rank)
 
 
-def layout(spec: QuantSpec, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each stored tensor of a weight [o, i], so that a file can be read without its maker."""
-    (rows, columns), cells = shape, grid_shape(spec, *shape)
-    parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "codes": ((rows, packed_width(columns, spec.bits)), torch.uint8),
-        "scale": (cells, scale_dtype(spec)),
-    }
-    if spec.stores_zero_point:
-        if spec.zero_point == "real":
-            parts["zero_point"] = (cells, scale_dtype(spec))
-        elif _packable(spec):
-            parts["zero_point"] = ((cells[0], packed_width(cells[1], spec.bits)), torch.uint8)
-        else:
-            parts["zero_point"] = (cells, torch.int32)
-    if spec.dual:
-        parts["column_set"] = ((packed_width(columns, 1),), torch.uint8)
-    return parts
-
-
-def quantize(weight: Float[Tensor, "o i"], grid: Grid) -> QTensor:
+def quantize(weight: Float[Tensor, "o i"], grid: Grid | Codebook) -> QTensor:
     """Round a weight to its nearest codes; exact for a weight that lies on the grid."""
     return QTensor(grid.codes(weight), grid)
 
 
-def _packable(spec: QuantSpec) -> bool:
-    return spec.zero_point == "clamped" or (spec.zero_point == "integer" and spec.include_zero)
+def _pack_grid(grid: Grid | Codebook) -> dict[str, Tensor]:
+    spec = grid.spec
+    if isinstance(grid, Codebook):
+        name, part = ("levels", grid.levels) if spec.kind == "nuq" else ("scale", grid.scale)
+        return {name: part.to(scale_dtype(spec))}
+    if spec.kind == "mxint":
+        exponent = torch.frexp(grid.scale).exponent - 1 + spec.bits - 2
+        return {"scale": (exponent + EXPONENT_BIAS).to(torch.uint8)}
+    parts = {"scale": grid.scale.to(scale_dtype(spec))}
+    if spec.stores_zero_point:
+        parts["zero_point"] = _pack_zero_point(grid.zero_point, spec)
+    return parts
+
+
+def _unpack_grid(parts: dict[str, Tensor], spec: QuantSpec, shape: tuple[int, int]) -> Grid | Codebook:
+    device, (rows, columns) = parts["codes"].device, shape
+    row_of, column_of = row_index(spec, rows, device), column_index(spec, columns, device)
+    if spec.dual:
+        half = unpack(parts["column_set"][None], bits=1, count=columns)[0].long()
+        column_of = half if column_of is None else column_of * 2 + half
+    if spec.kind == "nuq":
+        return Codebook.of_levels(spec, parts["levels"].float(), row_of, column_of)
+    if spec.is_codebook:
+        return Codebook.of_scale(spec, parts["scale"].float(), row_of, column_of)
+    if spec.kind == "mxint":
+        exponent = parts["scale"].int() - EXPONENT_BIAS - (spec.bits - 2)
+        scale = torch.ldexp(torch.ones(exponent.shape, device=device), exponent)
+    else:
+        scale = parts["scale"].float()
+    zero_point = torch.full_like(scale, implied_zero_point(spec))
+    if spec.stores_zero_point:
+        zero_point = _unpack_zero_point(parts["zero_point"], spec, scale.shape[1])
+    return Grid(spec, scale, zero_point, row_of, column_of)
 
 
 def _pack_zero_point(zero_point: Float[Tensor, "R C"], spec: QuantSpec) -> Tensor:
     if spec.zero_point == "real":
         return zero_point.to(scale_dtype(spec))
-    if not _packable(spec):
+    if not packs_zero_point(spec):
         return zero_point.to(torch.int32)
     return pack(zero_point.clamp(0, highest_code(spec)).to(torch.uint8), spec.bits)
 
 
 def _unpack_zero_point(stored: Tensor, spec: QuantSpec, columns: int) -> Float[Tensor, "R C"]:
-    if spec.zero_point == "real" or not _packable(spec):
+    if spec.zero_point == "real" or not packs_zero_point(spec):
         return stored.float()
     return unpack(stored, spec.bits, columns).float()

@@ -15,6 +15,7 @@ from dither.formats.spec import QuantSpec
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126}
+EXPONENT_BIAS = 127  # of an exponent stored in 8 bits (E8M0)
 _SHRINK_STEPS, _SHRINK_TO, _SHRINK_NORM = 80, 0.2, 2.4  # GPTQ released code: grid 100, maxshrink 0.8, norm 2.4
 
 Bounds = tuple[Float[Tensor, " n"], Float[Tensor, " n"]]
@@ -33,6 +34,8 @@ def affine(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec,
     Raises:
         SpecError: a scale or a real zero-point is too large for the storage dtype.
     """
+    if spec.kind == "mxint":
+        return _shared_exponent(torch.maximum(low.abs(), high.abs()), spec)
     low, high = _open(low, high, spec)
     if spec.symmetry == "asym":
         scale = (high - low) / highest_code(spec)
@@ -50,6 +53,27 @@ def affine(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec,
     if spec.symmetry != "asym":
         return scale, torch.full_like(scale, implied_zero_point(spec))
     return scale, _zero_point(low, scale, spec, stored)
+
+
+def _shared_exponent(largest: Float[Tensor, " n"], spec: QuantSpec) -> Bounds:
+    """Scale 2^e / 2^(b-2) with e = floor(log2(largest)), of the block floating point of QERA's MXINT.
+
+    e stays where neither the scale nor its 8 stored bits underflow; a block of zeros has the smallest.
+    """
+    _, exponent = torch.frexp(largest)  # exact on every device, which a logarithm is not
+    lowest = 1 - EXPONENT_BIAS + spec.bits - 2
+    exponent = torch.where(largest > 0, exponent - 1, lowest).clamp_min(lowest)
+    scale = torch.ldexp(torch.ones_like(largest), exponent - (spec.bits - 2))
+    return scale, torch.full_like(scale, implied_zero_point(spec))
+
+
+def stored_scale(scale: Float[Tensor, " n"], spec: QuantSpec) -> Float[Tensor, " n"]:
+    """Scales rounded to their storage dtype, none of them zero.
+
+    Raises:
+        SpecError: a scale is too large for it.
+    """
+    return _as_stored(scale, spec).clamp_min(_SMALLEST[spec.scale_dtype])
 
 
 def _as_stored(part: Float[Tensor, " n"], spec: QuantSpec) -> Float[Tensor, " n"]:

@@ -1,8 +1,11 @@
 """QuantSpec: what a tensor is stored as, with the short text form used by the command line, recipes and reports.
 
-Grammar: KIND[:TOKEN]…, for example `int4`, `int3:g128`, `int4:g128:asym`, `int8:token`, `log2-4`, `logsqrt2-4`, `twin4`
+Grammar: KIND[:TOKEN]…, for example `int4`, `int3:g128`, `int4:g128:asym`, `int8:token`, `log2-4`, `twin4`, `nf4:g64`
 
     KIND      int1 … int8 | log2-B | logsqrt2-B | twinB             B bits a code
+              nf4 | fp4                                             16 fixed levels times an absolute maximum (QLoRA)
+              nuq1 … nuq8                                           levels of their own for each cell (SqueezeLLM)
+              mxint2 … mxint8                                       integers that share an 8-bit exponent
     TOKEN     tensor | channel | token | gN                         one scale for what
               oc | ic                                               groups run along the inputs (oc) or the outputs (ic)
               sym | asym | unsigned                                 where the range lies
@@ -10,7 +13,9 @@ Grammar: KIND[:TOKEN]…, for example `int4`, `int3:g128`, `int4:g128:asym`, `in
               intzero | clampzero | realzero                        zero-point: integer, integer within the codes, real
               minmax | percentile | mse                             how the range is searched
               full | narrow                                         symmetric codes use all levels, or not the lowest
-              single | dual                                         one grid a row, or two (outlier columns apart: ERQ)
+              single | dual                                         one grid a cell, or two (columns of two classes)
+              sB.G                                                  scales and real zero-points in B bits themselves, by
+                                                                    G consecutive rows of a column group (SpQR)
               anyscale | pow2                                       scales are free, or powers of two
               static | dynamic                                      activation ranges are calibrated, or of each call
 
@@ -27,8 +32,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dither.errors import SpecError, nearest
 
-_KIND = re.compile(r"(int|log2-|logsqrt2-|twin)(\d+)")
+_KIND = re.compile(r"(int|log2-|logsqrt2-|twin|nf|fp|nuq|mxint)(\d+)")
 _GROUP = re.compile(r"g(\d+)")
+_SECOND = re.compile(r"s(\d+)\.(\d+)")
 _WORDS: dict[str, dict[str, Any]] = {
     "tensor": {"granularity": "tensor", "group_size": None},
     "channel": {"granularity": "channel", "group_size": None},
@@ -55,7 +61,10 @@ _WORDS: dict[str, dict[str, Any]] = {
     "static": {"dynamic": False},
     "dynamic": {"dynamic": True},
 }
-Kind = Literal["int", "log2", "logsqrt2", "twin"]
+Kind = Literal["int", "log2", "logsqrt2", "twin", "nf", "fp", "nuq", "mxint"]
+CODEBOOKS = ("nf", "fp", "nuq")  # kinds whose codes choose from a table of levels
+# what only uniform grids with a free scale have; a kind of another sort takes none of it from a base
+_UNIFORM = ("symmetry", "include_zero", "zero_point", "narrow", "dual", "power_of_two", "scale_bits", "scale_group")
 ACTIVATION_PERCENTILES = (0.999, 0.9999, 0.99999)  # RepQ-ViT released code
 WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999, 1.0)  # ERQ released code
 
@@ -79,6 +88,8 @@ class QuantSpec(BaseModel):
     dual: bool = False
     power_of_two: bool = False
     dynamic: bool = False
+    scale_bits: int | None = Field(default=None, ge=1, le=8)
+    scale_group: int | None = Field(default=None, ge=1)
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     @model_validator(mode="after")
@@ -87,13 +98,39 @@ class QuantSpec(BaseModel):
             raise SpecError(f"{self}: a group size goes with group granularity, as in int4:g128")
         if self.granularity == "token" and not self.dynamic:
             raise SpecError(f"{self}: one scale a token is measured per call; write token or dynamic")
-        if self.dual and (self.granularity != "channel" or self.kind != "int"):
+        if self.dual and self.kind != "nuq" and (self.granularity != "channel" or self.kind != "int"):
             raise SpecError(f"{self}: dual grids are two grids a row; write intB:channel:dual")
         if self.narrow and (self.bits == 1 or self.symmetry != "sym"):
             raise SpecError(f"{self}: narrow leaves out the lowest code of a symmetric grid of 2 bits or more")
         if self.kind == "twin" and self.bits == 1:
             raise SpecError("twin1: twin grids spend one bit on the region and need 2 bits or more")
+        if self.kind in (*CODEBOOKS, "mxint"):
+            self._check_kind()
+        self._check_second_level()
         return self
+
+    def _check_kind(self) -> None:
+        plain = QuantSpec.model_construct()
+        if self.kind in ("nf", "fp") and self.bits != 4:
+            raise SpecError(f"{self}: only nf4 and fp4 are defined, with 4 bits")
+        if self.kind == "mxint" and self.bits == 1:
+            raise SpecError("mxint1: a sign and a magnitude need 2 bits or more")
+        free = {"nuq": ("dual",), "mxint": ()}.get(self.kind, ("scale_bits", "scale_group"))
+        for name in _UNIFORM:
+            if name not in free and getattr(self, name) != getattr(plain, name):
+                raise SpecError(f"{self}: {name} has no meaning for {self._head()}")
+        if self.granularity == "token" or self.dynamic:
+            raise SpecError(f"{self}: {self._head()} is a format of weights, with one scale a tensor, channel or group")
+        if self.dual and (self.granularity == "tensor" or self.group_along == "outputs"):
+            raise SpecError(f"{self}: two classes of columns go with a row or a group of inputs, as in nuq2:g128:dual")
+
+    def _check_second_level(self) -> None:
+        if (self.scale_bits is None) != (self.scale_group is None):
+            raise SpecError(f"{self}: scales of scales have bits and a group, as in s3.16")
+        if self.scale_bits is None:
+            return
+        if self.kind not in ("int", "nf", "fp") or self.power_of_two or self.dynamic:
+            raise SpecError(f"{self}: only free scales of stored weights can themselves be quantized (intB, nf4, fp4)")
 
     @classmethod
     def parse(cls, text: str, base: "QuantSpec | None" = None) -> "QuantSpec":
@@ -105,12 +142,16 @@ class QuantSpec(BaseModel):
         head, *tokens = text.strip().lower().split(":")
         matched = _KIND.fullmatch(head)
         if matched is None:
-            near = nearest(head, [f"int{bits}" for bits in range(1, 9)] + ["log2-4", "logsqrt2-4", "twin4"])
-            raise SpecError(f"format {text!r}: expected intB, log2-B, logsqrt2-B or twinB, got {head!r}{near}")
+            kinds = [f"int{bits}" for bits in range(1, 9)] + ["log2-4", "logsqrt2-4", "twin4"]
+            near = nearest(head, [*kinds, "nf4", "fp4", "nuq3", "nuq4", "mxint3", "mxint4"])
+            expected = "intB, log2-B, logsqrt2-B, twinB, nf4, fp4, nuqB or mxintB"
+            raise SpecError(f"format {text!r}: expected {expected}, got {head!r}{near}")
         if not 1 <= int(matched[2]) <= 8:
             raise SpecError(f"format {text!r}: bits must be 1 to 8, got {matched[2]}; try {matched[1]}4")
         fields: dict[str, Any] = base.fields() if base is not None else {}
         fields |= {"kind": matched[1].rstrip("-"), "bits": int(matched[2])}
+        if fields["kind"] in (*CODEBOOKS, "mxint"):
+            fields = {name: value for name, value in fields.items() if name not in (*_UNIFORM, "search", "percentiles")}
         for token in tokens:
             fields |= _token(token, text)
         if base is not None and base.granularity == "token" and fields["granularity"] != "token":
@@ -133,10 +174,11 @@ class QuantSpec(BaseModel):
         flags = {"narrow": self.narrow, "dual": self.dual, "pow2": self.power_of_two}
         words += [word for word, on in flags.items() if on]
         words += ["dynamic"] if self.dynamic and self.granularity != "token" else []
+        words += [f"s{self.scale_bits}.{self.scale_group}"] if self.scale_bits is not None else []
         return ":".join(words)
 
     def _head(self) -> str:
-        return f"{self.kind}{self.bits}" if self.kind in ("int", "twin") else f"{self.kind}-{self.bits}"
+        return f"{self.kind}-{self.bits}" if self.kind in ("log2", "logsqrt2") else f"{self.kind}{self.bits}"
 
     def _granularity(self) -> str:
         return f"g{self.group_size}" if self.granularity == "group" else self.granularity
@@ -158,6 +200,11 @@ class QuantSpec(BaseModel):
         """Whether zero-points take space; symmetric and unsigned grids imply theirs."""
         return self.kind == "int" and self.symmetry == "asym"
 
+    @property
+    def is_codebook(self) -> bool:
+        """Whether codes choose from a table of levels, instead of counting steps."""
+        return self.kind in CODEBOOKS
+
 
 def _first(error: ValidationError) -> str:
     detail = error.errors()[0]
@@ -169,8 +216,11 @@ def _token(token: str, text: str) -> dict[str, Any]:
     group = _GROUP.fullmatch(token)
     if group is not None:
         return {"granularity": "group", "group_size": int(group[1])}
+    second = _SECOND.fullmatch(token)
+    if second is not None:
+        return {"scale_bits": int(second[1]), "scale_group": int(second[2])}
     if token not in _WORDS:
-        near = nearest(token, [*_WORDS, "g64", "g128"])
+        near = nearest(token, [*_WORDS, "g64", "g128", "s3.16", "s8.256"])
         raise SpecError(f"format {text!r}: unknown token {token!r}{near}")
     return _WORDS[token]
 

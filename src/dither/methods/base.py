@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dither.calibrate import LayerTask, measure, quantize_operands, reparameterize
 from dither.engine.local import Engine
-from dither.formats.spec import WEIGHT_PERCENTILES, QuantSpec, read_spec, spec_field
+from dither.formats.spec import WEIGHT_PERCENTILES, Kind, QuantSpec, read_spec, spec_field
 from dither.nn.activation import ActivationQuantizer
 from dither.walk import Block, Inputs
 
@@ -29,6 +29,7 @@ class Method(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
     name: ClassVar[str]
+    kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint", "nf", "fp")  # of weight formats that it can fit
 
     weights: WeightSpec = Field(default=WEIGHTS, description="what layers are stored as")
     activations: ActivationSpec = Field(default=None, description="inputs of layers; none keeps them")

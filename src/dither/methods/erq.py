@@ -22,9 +22,10 @@ from torch import Tensor
 
 from dither.calibrate import LayerSolution, LayerTask, solve_and_store
 from dither.engine.local import Engine
-from dither.formats.fit import fit_grid
+from dither.formats.fit import fit_uniform
 from dither.formats.grid import Grid
 from dither.formats.qtensor import quantize
+from dither.formats.spec import Kind
 from dither.methods.base import ActivationSpec, Method
 from dither.solvers.columns import round_by_columns
 from dither.solvers.halves import refine_all, round_by_halves
@@ -40,6 +41,7 @@ class ERQ(Method):
     """
 
     name: ClassVar[str] = "erq"
+    kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint")
     activations: ActivationSpec = Field(default="int4", description="inputs of layers; none keeps them")  # type: ignore[assignment]
     inputs: Inputs = Field(default="quantized", description="fp is the paper's: layers are then independent")
     reparameterize: bool = Field(default=True, description="RepQ-ViT's reparameterization first (v2)")
@@ -66,13 +68,13 @@ class ERQ(Method):
         if self.dual and task.reparameterized and spec.granularity == "channel":
             spec = spec.model_copy(update={"dual": True})
         if task.gram is None:
-            grid = fit_grid(task.weight, spec)
+            grid = fit_uniform(task.weight, spec)
             return LayerSolution(quantize(task.weight, grid), task.bias, {"rounding": "nearest: grouped convolution"})
         gram, columns = task.gram, task.columns
         lam = self.lam_mean * gram.rows
         weight = absorb_activation_error(task.with_bias(), gram, lam) if self.absorb else task.with_bias()  # Aqer
         energy = gram.quantized.diagonal()[:columns] if self.range_by == "output" else None
-        grid = fit_grid(weight[:, :columns].float(), spec, energy)  # after Aqer, then frozen
+        grid = fit_uniform(weight[:, :columns].float(), spec, energy)  # after Aqer, then frozen
         weight, notes = self.round(weight, gram, grid, columns, lam)  # Wqer
         bias = None if task.bias is None else weight[:, columns].float()
         return LayerSolution(quantize(weight[:, :columns].float(), grid), bias, notes)

@@ -13,8 +13,9 @@ from pydantic import Field
 
 from dither.calibrate import LayerSolution, LayerTask, solve_and_store
 from dither.engine.local import Engine
-from dither.formats.fit import fit_grid
+from dither.formats.fit import fit_uniform
 from dither.formats.qtensor import quantize
+from dither.formats.spec import Kind
 from dither.methods.base import Method
 from dither.solvers.columns import round_by_columns
 from dither.walk import Block, Inputs
@@ -24,6 +25,7 @@ class GPTQ(Method):
     """Column-by-column rounding; `damping` is in units of the mean diagonal of the Gram."""
 
     name: ClassVar[str] = "gptq"
+    kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint")
     inputs: Inputs = Field(default="quantized", description="the paper measures behind the quantized prefix")
     act_order: bool = Field(default=True, description="columns of largest input energy first; groups stay static")
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01  # released code: percdamp
@@ -38,7 +40,7 @@ class GPTQ(Method):
 
     def solve(self, task: LayerTask) -> LayerSolution:
         """One layer; without a Gram (grouped convolution) the nearest codes, which the notes say."""
-        grid = fit_grid(task.weight, self.weight_spec(task.name))
+        grid = fit_uniform(task.weight, self.weight_spec(task.name))
         if task.gram is None:
             return LayerSolution(quantize(task.weight, grid), task.bias, {"rounding": "nearest: grouped convolution"})
         columns = task.columns

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dither.errors import StorageError
+from dither.formats.layout import Layout
 from dither.formats.spec import QuantSpec
 from dither.models.layers import is_layer
 from dither.nn.activation import ActivationQuantizer
@@ -23,8 +24,7 @@ def describe(model: nn.Module, prefix: str = "") -> Structure:
     for name, module in model.named_modules(prefix=prefix):
         if isinstance(module, QuantizedLinear | QuantizedConv2d):
             structure["layers"][name] = {
-                "weights": module.packed.spec.model_dump(mode="json"),
-                "shape": list(module.packed.shape),
+                **_describe_weight(module.packed.layout),
                 "bias": module.bias is not None,
                 "activations": _describe_quantizer(module.input_quantizer),
             }
@@ -34,6 +34,21 @@ def describe(model: nn.Module, prefix: str = "") -> Structure:
         elif _is_bare_norm(module):
             structure["biases"][name] = module.get_parameter("bias").shape[0]
     return structure
+
+
+def _describe_weight(layout: Layout) -> dict[str, Any]:
+    """Outliers and correction are named only where there are any."""
+    entry: dict[str, Any] = {"weights": layout.spec.model_dump(mode="json"), "shape": list(layout.shape)}
+    entry |= {} if layout.outliers is None else {"outliers": layout.outliers}
+    return entry | ({} if layout.low_rank is None else {"low_rank": list(layout.low_rank)})
+
+
+def read_layout(entry: Mapping[str, Any]) -> Layout:
+    """What is stored of the weight that an entry of `layers` describes."""
+    rank = entry.get("low_rank")
+    shape = (entry["shape"][0], entry["shape"][1])
+    low_rank = None if rank is None else (rank[0], rank[1])
+    return Layout(QuantSpec(**entry["weights"]), shape, entry.get("outliers"), low_rank)
 
 
 def _describe_quantizer(quantizer: nn.Module | None) -> dict[str, Any] | None:
@@ -90,10 +105,9 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 def _empty_layer(layer: nn.Module, name: str, entry: Mapping[str, Any]) -> QuantizedLinear | QuantizedConv2d:
     if not is_layer(layer):
         raise StorageError(f"{name} is stored as a quantized layer, but is a {type(layer).__name__} here")
-    rows, columns = entry["shape"]
     dtype = layer.weight.dtype
-    packed = PackedWeight(QuantSpec(**entry["weights"]), (rows, columns))
-    bias = torch.zeros(rows, dtype=dtype) if entry["bias"] else None
+    packed = PackedWeight(read_layout(entry))
+    bias = torch.zeros(packed.shape[0], dtype=dtype) if entry["bias"] else None
     quantizer = _empty_quantizer(entry["activations"])
     if isinstance(layer, nn.Linear):
         return QuantizedLinear(packed, bias, quantizer, dtype)

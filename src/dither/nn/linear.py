@@ -9,37 +9,48 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dither.errors import SpecError
-from dither.formats.qtensor import QTensor, layout
+from dither.formats.layout import Layout
+from dither.formats.qtensor import QTensor
 from dither.formats.spec import QuantSpec
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.buffers import FixedBuffers
 
 
 class PackedWeight(FixedBuffers):
-    """A weight [o, i] as buffers of packed codes, scales and zero-points.
+    """A weight [o, i] as buffers of packed codes, scales, zero-points and whatever else its layout names.
 
     With `cached` set, the dequantized weight is kept after its first use: faster, for a dense copy in memory.
     """
 
-    def __init__(self, spec: QuantSpec, shape: tuple[int, int]) -> None:
+    def __init__(self, layout: Layout) -> None:
         """An empty weight, to be filled by `of` or by a loaded state."""
         super().__init__()
-        self.spec, self.shape, self.cached = spec, shape, False
+        self.layout, self.cached = layout, False
         self._dense: Tensor | None = None
-        for name, (size, dtype) in layout(spec, shape).items():
+        for name, (size, dtype) in layout.tensors().items():
             self.register_buffer(name, torch.zeros(size, dtype=dtype))
 
     @classmethod
     def of(cls, qtensor: QTensor) -> "PackedWeight":
         """The packed form of a QTensor."""
-        module = cls(qtensor.spec, qtensor.shape)
+        module = cls(qtensor.layout)
         for name, part in qtensor.pack().items():
             module.register_buffer(name, part)
         return module
 
+    @property
+    def spec(self) -> QuantSpec:
+        """The format of the codes."""
+        return self.layout.spec
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[o, i]."""
+        return self.layout.shape
+
     def qtensor(self) -> QTensor:
-        """Codes and grid, unpacked."""
-        return QTensor.unpack(dict(self.named_buffers()), self.spec, self.shape)
+        """Codes and grid, outliers and correction, unpacked."""
+        return QTensor.unpack(dict(self.named_buffers()), self.layout)
 
     def forward(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         """The dequantized weight."""
