@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dither.errors import NumericalError
+from dither.formats.codebook import Codebook
 from dither.formats.fit import fit_grid
 from dither.formats.grid import Grid
 from dither.formats.spec import QuantSpec
 from dither.solvers import columns as module
-from dither.solvers.columns import column_order, round_by_columns
+from dither.solvers.columns import column_order, lazy_blocks, round_by_columns, round_by_groups
+from dither.solvers.outliers import filled_with_mean
 
 TEXTS = ["int3:asym", "int2:g2:asym", "int4", "int3:dual", "int3:g2:ic", "int3:tensor:asym:tight:realzero"]
 
@@ -26,12 +28,29 @@ def inputs(rows: int, columns: int, ones: bool = False, seed: int = 0) -> Tensor
     return torch.cat([x, torch.ones(rows, 1, dtype=x.dtype)], dim=1) if ones else x
 
 
-def redone(weight: Tensor, hessian: Tensor, grid: Grid, order: list[int], columns: int) -> Tensor:
-    """After every rounding all open columns are solved again from the start, by the normal equations."""
-    current, fixed, H = weight.clone(), [], hessian
-    for column in order[:columns]:
+def redone(
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid | Codebook,
+    order: list[int],
+    columns: int,
+    kept: Tensor | None = None,
+    size: int | None = None,
+) -> Tensor:
+    """After every rounding all open columns are solved again from the start, by the normal equations.
+
+    With `size`, every so many columns get a grid of their own, fitted to what they have become.
+    """
+    current, fixed, H, spec = weight.clone(), [], hessian, grid.spec
+    kept = torch.zeros_like(weight[:, :columns], dtype=torch.bool) if kept is None else kept
+    for place, column in enumerate(order[:columns]):
         index = torch.tensor([column])
-        current[:, index] = grid.round(current[:, index], index)
+        if size is not None and place % size == 0:
+            group = order[place : min(place + size, columns)]
+            grid = alone(filled_with_mean(current[:, group], kept[:, group]), spec)
+        place_of = index if size is None else torch.tensor([0])
+        rounded = grid.round(current[:, index], place_of)
+        current[:, index] = torch.where(kept[:, index], current[:, index], rounded)
         fixed.append(column)
         left = [c for c in order if c not in fixed]
         if left:
@@ -39,6 +58,19 @@ def redone(weight: Tensor, hessian: Tensor, grid: Grid, order: list[int], column
             solved = torch.linalg.solve(H[left][:, left], H[left][:, fixed] @ change.T)
             current[:, left] = weight[:, left] - solved.T
     return current
+
+
+def alone(group: Tensor, spec: QuantSpec) -> Grid | Codebook:
+    """The grid of one group: one cell a row."""
+    return fit_grid(group, spec.model_copy(update={"granularity": "channel", "group_size": None}))
+
+
+def table(weight: Tensor, text: str, seed: int = 9) -> Codebook:
+    """Levels drawn for every cell of a format, with half of the columns in each class if it is dual."""
+    spec, (rows, columns) = QuantSpec.parse(text), weight.shape
+    column_of = torch.arange(columns) // spec.group_size if spec.group_size else torch.zeros(columns, dtype=torch.long)
+    column_of = column_of * 2 + torch.arange(columns) % 2 if spec.dual else column_of
+    return Codebook.of_levels(spec, drawn(rows, int(column_of.max()) + 1, spec.levels, seed=seed), None, column_of)
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -62,6 +94,93 @@ def test_the_result_is_that_of_solving_the_open_columns_again_after_every_roundi
     expected = redone(weight, damped(gram, 0.01), grid, order, i)
     torch.testing.assert_close(found.weight, expected, rtol=1e-8, atol=1e-8)
     assert found.notes == {"damping": 0.01, "tries": 1.0}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    o=st.sampled_from([2, 5]), pairs=st.integers(1, 5), ones=st.booleans(), share=st.sampled_from([0.0, 0.3, 1.0]),
+    text=st.sampled_from(["int3:asym", "nf4:g2", "fp4", "nuq2", "nuq1:g2", "nuq2:g2:dual"]), act_order=st.booleans(),
+    seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_codebooks_and_kept_weights_are_swept_alike(
+    o: int, pairs: int, ones: bool, share: float, text: str, act_order: bool, seed: int
+) -> None:
+    i = 2 * pairs
+    x, weight = inputs(50, i, ones, seed), drawn(o, i + ones, seed=seed + 2)
+    gram, kept = x.T @ x, drawn(o, i, seed=seed + 3).abs() < share * 3
+    grid = table(weight[:, :i], text) if text[:3] == "nuq" else fit_grid(weight[:, :i], QuantSpec.parse(text))
+    found = round_by_columns(weight, gram, grid, i, 0.01, act_order, kept)
+    order = column_order(gram, i, act_order).tolist()
+    expected = redone(weight, damped(gram, 0.01), grid, order, i, kept)
+    torch.testing.assert_close(found.weight, expected, rtol=1e-8, atol=1e-8)
+    assert found.grid is grid
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    i=st.integers(1, 9), ones=st.booleans(), share=st.sampled_from([0.0, 0.3]), size=st.integers(1, 6),
+    kind=st.sampled_from(["int3", "int2", "nf4"]), act_order=st.booleans(), seed=st.integers(0, 10**6),
+    block=st.sampled_from([1, 2, 4, 64]),
+)  # fmt: skip
+def test_a_grid_fitted_on_the_way_sees_every_compensation_made_before(
+    i: int, ones: bool, share: float, size: int, kind: str, act_order: bool, seed: int, block: int
+) -> None:
+    x, weight = inputs(50, i, ones, seed), drawn(3, i + ones, seed=seed + 2)
+    spec = QuantSpec.parse(f"{kind}:g{size}" + (":asym:tight:realzero" if kind != "nf4" else ""))
+    gram, kept = x.T @ x, drawn(3, i, seed=seed + 3).abs() < share * 3
+    order = column_order(gram, i, act_order).tolist()
+    seen: list[int] = []
+
+    def fit(group: Tensor, columns: Tensor) -> Grid | Codebook:
+        seen.extend(columns.tolist())
+        return alone(group, spec)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "BLOCK", block)
+        found = round_by_groups(weight, gram, fit, spec, i, 0.01, act_order, kept)
+    grid = alone(weight[:, :i], spec)
+    expected = redone(weight, damped(gram, 0.01), grid, order, i, kept, size)
+    torch.testing.assert_close(found.weight, expected, rtol=1e-8, atol=1e-8)
+    assert seen == order[:i]
+    on_grid = torch.where(kept, found.weight[:, :i], found.grid.round(found.weight[:, :i]))
+    torch.testing.assert_close(on_grid, found.weight[:, :i], rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 300), size=st.integers(1, 300))
+def test_lazy_blocks_cover_every_place_and_no_group_is_entered_before_it_is_complete(count: int, size: int) -> None:
+    blocks = list(lazy_blocks(count, size))
+    assert [place for start, stop in blocks for place in range(start, stop)] == list(range(count))
+    assert all(0 < stop - start <= module.BLOCK for start, stop in blocks)
+    for first in range(0, count, size):
+        (start, stop), *_ = [block for block in blocks if block[0] <= first < block[1]]
+        assert first == start or min(first + size, count) <= stop
+
+
+def test_groups_fitted_on_the_way_beat_those_of_the_original_weight() -> None:
+    x, spec = inputs(300, 32), QuantSpec.parse("int2:g8:asym:tight:realzero")
+    gram, errors = x.T @ x, {"static": 0.0, "dynamic": 0.0}
+    for seed in range(5):
+        weight = drawn(24, 32, seed=seed)
+        static = round_by_columns(weight, gram, fit_grid(weight, spec), 32, 0.01, act_order=False).weight
+        dynamic = round_by_groups(weight, gram, lambda group, _: alone(group, spec), spec, 32, 0.01, False).weight
+        for name, found in (("static", static), ("dynamic", dynamic)):
+            errors[name] += float((x @ (found - weight).T).square().sum())
+    assert errors["dynamic"] < 0.9 * errors["static"]
+
+
+def test_kept_outliers_lower_the_error_and_take_part_in_compensation() -> None:
+    weight, x = drawn(8, 16), inputs(200, 16)
+    gram, grid = x.T @ x, fit_grid(weight, QuantSpec.parse("int2:asym"))
+    kept = torch.zeros(8, 16, dtype=torch.bool)
+    kept[:, ::5] = True
+    plain = round_by_columns(weight, gram, grid, 16, 0.01, False).weight
+    found = round_by_columns(weight, gram, grid, 16, 0.01, False, kept).weight
+    assert bool((found - weight)[:, 5].abs().gt(0).any())  # compensated, so not what it was
+    errors = [float((x @ (one - weight).T).square().sum()) for one in (found, plain)]
+    assert errors[0] < 0.75 * errors[1]  # measured: 0.66
+    everything = round_by_columns(weight, gram, grid, 16, 0.01, True, torch.ones_like(kept)).weight
+    torch.testing.assert_close(everything, weight, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("text", TEXTS)
