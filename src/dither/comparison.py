@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dither.data import ImageSet, open_images
+from dither.data import DataSet, open_data
 from dither.errors import DitherError, InputError
-from dither.evaluation import top1
-from dither.evaluation.evaluate import BATCH, evaluate, ids, logits, refuse_overlap, select
+from dither.evaluation.exam import BATCH, open_exam, refuse_overlap
 from dither.methods.base import Method
 from dither.models.network import Network, open_network
 from dither.pipeline import quantize
@@ -24,8 +23,8 @@ _QUANTIZING = 0.8  # measured: the part of a run that is not evaluation, for a s
 def compare(
     model: str | Path | nn.Module,
     methods: Sequence[str | Method],
-    calibration: str | Path | ImageSet,
-    data: str | Path | ImageSet,
+    calibration: str | Path | DataSet,
+    data: str | Path | DataSet,
     *,
     weights: Sequence[str] = (),
     activations: Sequence[str] = (),
@@ -33,6 +32,7 @@ def compare(
     seed: int = 0,
     count: int | None = None,
     evaluate_count: int | None = None,
+    length: int | None = None,
     batch_size: int = BATCH,
     device: str | torch.device | None = None,
     workers: int = 1,
@@ -46,14 +46,13 @@ def compare(
     label, seed and result of every run that did not fail.
 
     Raises:
-        InputError: calibration and evaluation pictures overlap, or a method or format is unknown.
+        InputError: calibration and evaluation data overlap, or a method or format is unknown.
     """
     jobs = _jobs(methods, weights, activations)
     network = open_network(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pictures, source = select(data, evaluate_count), _open(calibration)
-    refuse_overlap(source, pictures)
-    reference = logits(network, pictures, batch_size)
-    classes = ids(network, pictures)
+    questions, source = _open(data), _open(calibration)
+    refuse_overlap(source, questions)
+    exam = open_exam(network, questions, evaluate_count, 0, batch_size).answered_by(network)
     runs: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
@@ -62,8 +61,10 @@ def compare(
     for done, (draw, (label, method)) in enumerate((draw, job) for draw in draws for job in jobs):
         within = _within(progress, f"{label} seed {draw}", done, total)
         try:
-            result = quantize(network.model, method, source, count=count, seed=draw, workers=workers, progress=within)
-            found = evaluate(result.network, pictures, reference=reference, batch_size=batch_size)
+            result = quantize(
+                network.model, method, source, count=count, seed=draw, length=length, workers=workers, progress=within
+            )
+            found = exam.mark(result.network)
         except (DitherError, RuntimeError) as error:  # RuntimeError: torch is out of memory, or a factorization failed
             failures.append({"method": label, "seed": draw, "error": str(error)})
             continue
@@ -73,13 +74,12 @@ def compare(
             finished(label, draw, result)
     if progress is not None:
         progress("done", total, total)
-    top = None if classes is None else top1(reference, classes)
-    evaluation = {"count": len(pictures), "source": pictures.source}
+    evaluation = {"count": exam.count, "source": exam.source}
     return Report(
         {
             "schema": 1,
             "kind": "compare",
-            **_model_facts(network, top),
+            **_model_facts(network, exam.facts()),
             "provenance": facts,
             "runs": runs,
             "failures": failures,
@@ -88,7 +88,7 @@ def compare(
     )
 
 
-def _model_facts(network: Network, top: float | None) -> dict[str, Any]:
+def _model_facts(network: Network, quality: dict[str, float | None]) -> dict[str, Any]:
     parameters, size = sum(p.numel() for p in network.model.parameters()), network.stored_bytes
     return {
         "model": {
@@ -98,7 +98,8 @@ def _model_facts(network: Network, top: float | None) -> dict[str, Any]:
             "source": network.name,
         },
         "reference": {
-            "top1": top,
+            "top1": None,
+            **quality,
             "size_bytes": size,
             "bits_per_weight": 8 * size / parameters,
         },
@@ -140,8 +141,8 @@ def _span(draws: range) -> str:
     return str(draws[0]) if len(draws) == 1 else f"{draws[0]} to {draws[-1]}"
 
 
-def _open(calibration: str | Path | ImageSet) -> ImageSet:
-    return calibration if isinstance(calibration, ImageSet) else open_images(calibration)
+def _open(data: str | Path | DataSet) -> DataSet:
+    return open_data(data) if isinstance(data, str | Path) else data
 
 
 def _run(label: str, method: Method, seed: int, report: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +159,7 @@ def _run(label: str, method: Method, seed: int, report: dict[str, Any], found: d
         "agreement": found["agreement"],
         "kl": found["kl"],
         "sqnr_db": found["sqnr_db"],
+        "perplexity": found["perplexity"],
         "time_s": totals["time_s"],
         "layers": [{"name": row["name"], "output_error": row["output_error"]} for row in report["layers"]],
     }

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dither.data.calibration import Calibration, prepare_calibration
-from dither.data.images import ImageSet, open_images
+from dither.data import DataSet, open_data
+from dither.data.calibration import LENGTH, Calibration, prepare_calibration
 from dither.engine.local import InProcess, ProcessPool, engine
-from dither.evaluation.exam import prepare_exam
+from dither.evaluation.exam import Exam, open_exam, refuse_overlap
 from dither.methods.base import Method
 from dither.models.anatomy import Anatomy, Unit, read_anatomy
 from dither.models.coverage import coverage
@@ -42,28 +42,30 @@ def quantize(
     resume: bool = False,
     count: int | None = None,
     seed: int = 0,
+    length: int | None = None,
     batch_size: int = 32,
     device: str | torch.device | None = None,
     workers: int = 1,
     spill_budget: int = SPILL_BUDGET,
-    evaluation: str | Path | ImageSet | None = None,
+    evaluation: str | Path | DataSet | None = None,
     evaluate_count: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Quantize a model; a module that is given is not changed, its copy is.
 
-    `calibration` is a folder, `.npz` or `.csv` of pictures, an ImageSet, PIL pictures, a tensor or an iterable of
-    batches; `count` pictures are drawn from it by `seed`. With `output`, finished units are written at once, so that
-    `resume` goes on after an interruption, and the result is saved there. `evaluation` pictures (or `evaluate_count` of
-    them) compare the result with the full-precision model once it is saved; the report then says how they differ.
+    `calibration` is a path of pictures or text, a data set, PIL pictures, a tensor or an iterable of batches; `count`
+    pictures, or sequences of `length` tokens, are drawn from it by `seed`. With `output`, finished units are written
+    at once, so that `resume` goes on after an interruption, and the result is saved there. `evaluation` data (or
+    `evaluate_count` of them) compare the result with the full-precision model once it is saved; the report then says
+    how they differ.
     """
     started = perf_counter()
     if output is not None:
         check_output(Path(output), resume)
-    run, seen = _begin(model, method, calibration, count, seed, batch_size, device)
+    run, seen = _begin(model, method, calibration, count, seed, batch_size, device, length)
     run.progress, network = progress, run.network
     facts = provenance(model_sha256(network.model), run.data, seed, network.device)
-    exam = None if evaluation is None else prepare_exam(network, evaluation, evaluate_count, seen, progress)
+    exam = None if evaluation is None else _prepare(network, evaluation, evaluate_count, seen, progress)
     if output is not None:
         run.unfinished = Unfinished(Path(output), _fingerprint(facts, run.method), resume)
     with _single_purpose(), _pool(workers) as pool:
@@ -73,8 +75,30 @@ def quantize(
         result._write(Path(output))
         run.unfinished.remove()
     if exam is not None:
-        result.evaluate(exam, None if output is None else Path(output), progress)
+        result.evaluate(exam, None if output is None else Path(output), _counting(progress, "quantized", exam))
     return result
+
+
+def _prepare(
+    network: Network, data: str | Path | DataSet, count: int | None, calibration: Any, progress: Progress | None
+) -> Exam:
+    """Ask the full-precision network; whatever is wrong with the data is said here, before any other work.
+
+    Raises:
+        PathError, InputError: the data do not fit, or some were in the `calibration` too.
+    """
+    questions = open_data(data) if isinstance(data, str | Path) else data
+    if isinstance(calibration, DataSet):
+        refuse_overlap(calibration, questions)
+    exam = open_exam(network, questions, count)
+    return exam.answered_by(network, _counting(progress, "original", exam))
+
+
+def _counting(progress: Progress | None, what: str, exam: Exam) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    say = progress
+    return lambda done: say(f"evaluating {what}", done, exam.count)
 
 
 def plan(
@@ -84,6 +108,7 @@ def plan(
     *,
     count: int | None = None,
     seed: int = 0,
+    length: int | None = None,
     batch_size: int = 32,
     device: str | torch.device | None = None,
 ) -> dict[str, Any]:
@@ -91,7 +116,7 @@ def plan(
 
     Nothing is written; whatever is wrong with the model, the recipe or the pictures is found here.
     """
-    run, _ = _begin(model, method, calibration, count, seed, batch_size, device)
+    run, _ = _begin(model, method, calibration, count, seed, batch_size, device, length)
     model_sha256(run.network.model)  # refuses NaN
     made = make_plan(run.network.model, run.anatomy, run.method, run.network.run, run.data.batches)
     return made | {"original_bytes": run.original_bytes}
@@ -105,15 +130,19 @@ def _begin(
     seed: int,
     batch_size: int,
     device: str | torch.device | None,
+    length: int | None = None,
 ) -> tuple["_Run", Any]:
-    """The run before its first unit, and the calibration pictures as a set where they are one."""
+    """The run before its first unit, and the calibration data as a set where they are one."""
     method = parse_method(method, {}) if isinstance(method, str) else method
-    pictures = open_images(calibration) if isinstance(calibration, str | Path) else calibration
+    source = open_data(calibration) if isinstance(calibration, str | Path) else calibration
     network = open_network(model, device or _device_of(model))
     if isinstance(model, nn.Module):
         network.model = copy.deepcopy(network.model).eval()
-    data = prepare_calibration(pictures, network.processor, network.channels, count, seed, batch_size, network.device)
-    return _Run(network, method, data), pictures
+    data = prepare_calibration(
+        source, network.processor, network.channels, count, seed, batch_size, network.device, network.tokenizer,
+        min(LENGTH, network.context) if length is None else length,
+    )  # fmt: skip
+    return _Run(network, method, data), source
 
 
 def load(

@@ -25,7 +25,10 @@ from dither.models.network import CONFIG, WEIGHTS, Network, first_names
 from dither.models.structure import describe
 from dither.nn.linear import QuantizedConv2d, QuantizedLinear
 
-PROCESSOR = "preprocessor_config.json"
+BESIDE = (  # what a model's folder holds that quantization does not change
+    "preprocessor_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 
 
 @contextmanager
@@ -96,11 +99,18 @@ def write_network(network: Network, folder: Path) -> None:
         config["architectures"] = [type(network.model).__name__]
     config.pop("_name_or_path", None)
     write_tensors(_unshared(network.model), folder / WEIGHTS, {"format": "pt"})
-    if network.source is not None and (network.source / PROCESSOR).exists():
-        with writing(folder / PROCESSOR):
-            shutil.copyfile(network.source / PROCESSOR, folder / PROCESSOR)
+    if network.source is not None:
+        copy_beside(network.source, folder)
     verify(network.model, folder / WEIGHTS, config["quantization_config"])
     write_json(config, folder / CONFIG)
+
+
+def copy_beside(source: Path, folder: Path) -> None:
+    """Copy processor, tokenizer and generation settings, those that there are."""
+    for name in BESIDE:
+        if (source / name).is_file():
+            with writing(folder / name):
+                shutil.copyfile(source / name, folder / name)
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:

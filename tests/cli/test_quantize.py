@@ -46,12 +46,12 @@ def test_an_evaluation_that_fails_leaves_the_result_and_says_where_it_is(
     run: Run, tiny_model: Path, calibration: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dither.errors import NonFiniteError
-    from dither.evaluation.exam import Exam
+    from dither.evaluation.exam import PictureExam
 
-    def fail(self: Exam, *_: object) -> None:
+    def fail(self: PictureExam, *_: object) -> None:
         raise NonFiniteError("NaN in the logits")
 
-    monkeypatch.setattr(Exam, "mark", fail)
+    monkeypatch.setattr(PictureExam, "mark", fail)
     arguments = ("quantize", tiny_model, "--calibration", calibration, "-m", "rtn", "-o", "out")
     assert "saved in 'out'" in error_line(run(*arguments, "--evaluate", pictures))
     assert run("inspect", "out").code == 0

@@ -11,6 +11,7 @@ from dither.cli.options import (
     Debug,
     Device,
     Json,
+    Length,
     Model,
     Quiet,
     Samples,
@@ -21,13 +22,15 @@ from dither.cli.options import (
 )
 from dither.cli.terminal import Terminal
 
-NUMBERS = ("Bits", "Size", "Top-1", "Agreement", "KL", "SQNR dB", "Time", "Seeds")
+NUMBERS = ("Bits", "Size", "Top-1", "Perplexity", "Agreement", "KL", "SQNR dB", "Time", "Seeds")
 LESS = ("Seeds", "Time", "KL", "Bits", "Size", "SQNR dB")  # what a narrow terminal goes without, in this order
 FILES = ("report.html", "report.json")
 
 Data = Annotated[
     str,
-    typer.Option(metavar="PATH", help="Pictures to evaluate on, none of them in --calibration.", show_default=False),
+    typer.Option(
+        metavar="PATH", help="Pictures or text to evaluate on, none of it in --calibration.", show_default=False
+    ),
 ]
 Methods = Annotated[
     str,
@@ -52,6 +55,7 @@ def compare(
     activations: Formats = "",
     seeds: Seeds = 1,
     samples: Samples = None,
+    length: Length = None,
     count: Count = None,
     output: Output = None,
     workers: Workers = 1,
@@ -80,8 +84,8 @@ def compare(
         with terminal.progress("comparing") as progress:
             report = run(
                 model, listed(methods), calibration, data, weights=listed(weights), activations=listed(activations),
-                seeds=seeds, seed=seed, count=samples, evaluate_count=count, device=place, workers=workers,
-                progress=progress,
+                seeds=seeds, seed=seed, count=samples, length=length, evaluate_count=count, device=place,
+                workers=workers, progress=progress,
             )  # fmt: skip
         if output is not None:
             for name in FILES:
@@ -115,7 +119,7 @@ def show_comparison(terminal: Terminal, data: dict[str, Any], extra: dict[str, A
         DitherError: every run failed.
     """
     from dither.errors import DitherError
-    from dither.report.table import compare_rows, count, percent, size
+    from dither.report.table import compare_rows, count, fixed, percent, size
 
     failures = data["failures"]
     if not data["runs"]:
@@ -123,9 +127,10 @@ def show_comparison(terminal: Terminal, data: dict[str, Any], extra: dict[str, A
             f"all {len(failures)} runs failed; the first, {failures[0]['method']}: {failures[0]['error']}"
         )
     terminal.show({**data, **extra})
-    reference, pictures = data["reference"], count(data["evaluation"]["count"])
-    terminal.table(compare_rows(data), f"{data['model']['name']}, {pictures} pictures", NUMBERS, LESS)
+    reference, inputs = data["reference"], count(data["evaluation"]["count"])
+    terminal.table(compare_rows(data), f"{data['model']['name']}, {inputs} inputs", NUMBERS, LESS)
     top1 = "" if reference["top1"] is None else f"top-1 {percent(reference['top1'])}, "
-    terminal.line(f"full precision: {top1}{size(reference['size_bytes'])}")
+    words = "" if reference.get("perplexity") is None else f"perplexity {fixed(reference['perplexity'])}, "
+    terminal.line(f"full precision: {top1}{words}{size(reference['size_bytes'])}")
     for failure in failures:
         terminal.line(f"failed: {failure['method']} seed {failure['seed']}: {failure['error']}")

@@ -11,13 +11,21 @@ from dither.cli.terminal import Terminal
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder of a model, quantized or not.", show_default=False)]
 Data = Annotated[
     str,
-    typer.Option(metavar="PATH", help="Pictures to evaluate on: a folder, an .npz or a .csv.", show_default=False),
+    typer.Option(
+        metavar="PATH",
+        help="What to evaluate on. Pictures: a folder, .npz or .csv; text: .txt or .jsonl.",
+        show_default=False,
+    ),
 ]
 Reference = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="The full-precision model (default: what OUT was made from).",
                  show_default=False),
 ]  # fmt: skip
+Length = Annotated[
+    int | None,
+    typer.Option(min=2, metavar="N", help="Tokens of a window of text (default: 1024).", show_default=False),
+]
 
 
 def evaluate(
@@ -25,36 +33,36 @@ def evaluate(
     data: Data,
     reference: Reference = None,
     count: Count = None,
+    length: Length = None,
     json: Json = False,
     device: Device = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model on pictures.
+    """Measure a model on pictures or on text.
 
-    Top-1 needs labels: folders named by class, or labels in the .npz or .csv. Agreement, KL and SQNR compare with the
-    full-precision model and need none.
+    Top-1 needs labels: folders named by class, or labels in the .npz or .csv. Text gives perplexity, over windows that
+    do not overlap. Agreement, KL and SQNR compare with the full-precision model and need no labels.
 
     Examples:
 
         dither evaluate vit-w4a4/ --data pictures/
 
         dither evaluate vit-w4a4/ --data test.npz --reference vit/ --count 1000 --json
+
+        dither evaluate llama-w4/ --data test.txt --length 2048
     """
     with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
         from dither.evaluation.evaluate import evaluate as measure
-        from dither.evaluation.evaluate import select
         from dither.report.table import summary_rows
 
         place = chosen_device(device)
         against = reference or _source(out)
-        pictures = select(data, count, seed)
         with terminal.progress("evaluating") as progress:
             found = measure(
-                out, pictures, reference=against, device=place,
-                progress=lambda done: progress("pictures", done, len(pictures)),
-            ).to_json()  # fmt: skip
+                out, data, reference=against, count=count, seed=seed, length=length, device=place, progress=progress
+            ).to_json()
         result: dict[str, Any] = {"schema": 1, "kind": "evaluate", "model": out, "reference": against, **found}
         terminal.show(result)
         rows = summary_rows({"kind": "quantize", "evaluation": found})

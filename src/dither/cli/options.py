@@ -14,7 +14,7 @@ Device = Annotated[
     typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU if there is one.", show_default=False,
                  rich_help_panel=_COMMON),
 ]  # fmt: skip
-Seed = Annotated[int, typer.Option(help="Decides which pictures are drawn.", min=0, rich_help_panel=_COMMON)]
+Seed = Annotated[int, typer.Option(help="Decides what is drawn.", min=0, rich_help_panel=_COMMON)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes.", rich_help_panel=_COMMON)]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Log every layer; show the traceback of an error.", rich_help_panel=_COMMON)
@@ -25,16 +25,26 @@ Model = Annotated[
 ]
 Calibration = Annotated[
     str,
-    typer.Option(metavar="PATH", help="Pictures to calibrate on: a folder, an .npz or a .csv.", show_default=False),
+    typer.Option(
+        metavar="PATH",
+        help="What to calibrate on. Pictures: a folder, .npz or .csv; text: .txt or .jsonl.",
+        show_default=False,
+    ),
 ]
 Samples = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Pictures to calibrate on (default: 32, or all if fewer).",
+    typer.Option(min=1, metavar="N", help="Pictures (32) or sequences of text (128) to calibrate on.",
                  show_default=False),
 ]  # fmt: skip
 Count = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Pictures to evaluate on (default: all).", show_default=False),
+    typer.Option(
+        min=1, metavar="N", help="Pictures or windows of text to evaluate on (default: all).", show_default=False
+    ),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(min=2, metavar="N", help="Tokens of a calibration sequence (default: 512).", show_default=False),
 ]
 Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Processes that solve layers at the same time.")]
 

@@ -11,6 +11,7 @@ from dither.cli.options import (
     Debug,
     Device,
     Json,
+    Length,
     Model,
     Quiet,
     Samples,
@@ -61,7 +62,7 @@ DryRun = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")]
 EvaluationData = Annotated[
     str | None,
-    typer.Option("--evaluate", metavar="DATA", help="Compare with the original on these pictures afterwards.",
+    typer.Option("--evaluate", metavar="DATA", help="Compare with the original on these pictures or text.",
                  show_default=False),
 ]  # fmt: skip
 
@@ -78,6 +79,7 @@ def quantize(
     skip: Skip = None,
     override: Override = None,
     samples: Samples = None,
+    length: Length = None,
     evaluate: EvaluationData = None,
     count: Count = None,
     dry_run: DryRun = False,
@@ -100,6 +102,8 @@ def quantize(
         dither quantize vit/ --calibration pictures/ -o out/ -m gptq --weights int3:g64 --skip classifier
 
         dither quantize vit/ --calibration pictures/ --recipe out/recipe.yaml --dry-run
+
+        dither quantize llama/ --calibration text.txt -o out/ -m gptq --weights int4:g64 --samples 128 --length 512
     """
     if output is None and not dry_run:
         raise typer.BadParameter("say where the result goes with -o OUT, or use --dry-run", param_hint="--output")
@@ -114,14 +118,16 @@ def quantize(
         place = chosen_device(device)
         if dry_run:
             _show_plan(
-                terminal, pipeline.plan(model, chosen, calibration, count=samples, seed=seed, device=place), output
+                terminal,
+                pipeline.plan(model, chosen, calibration, count=samples, seed=seed, length=length, device=place),
+                output,
             )
             return
         try:
             with terminal.progress(chosen.name) as progress:
                 result = pipeline.quantize(
-                    model, chosen, calibration, output=output, resume=resume, count=samples, seed=seed, device=place,
-                    workers=workers, evaluation=evaluate, evaluate_count=count, progress=progress,
+                    model, chosen, calibration, output=output, resume=resume, count=samples, seed=seed, length=length,
+                    device=place, workers=workers, evaluation=evaluate, evaluate_count=count, progress=progress,
                 )  # fmt: skip
         except KeyboardInterrupt as stop:
             if output is not None and (Path(output) / "unfinished").is_dir():

@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dither.data.images import ImageSet, open_images
+from dither.data import ImageSet, TextSet, open_data
 from dither.data.processing import ImageProcessor, pixel_values
 from dither.errors import InputError
 
 COUNT = 32  # pictures; what ERQ and RepQ-ViT use
+SEQUENCES = 128  # of text, as the GPTQ paper draws them
+LENGTH = 512  # tokens of a sequence
+TOKENS = 4096  # of text in a batch
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,25 @@ def prepare_calibration(
     seed: int,
     batch_size: int,
     device: torch.device,
+    tokenizer: Any | None = None,
+    length: int = LENGTH,
 ) -> Calibration:
-    """Batches on `device` from a path, an ImageSet, PIL pictures, a tensor of inputs or an iterable of ready batches.
+    """Batches on `device` from a path, a data set, PIL pictures, a tensor of inputs or an iterable of ready batches.
 
-    From a path or an ImageSet `count` pictures are drawn by `seed` (None: 32, or all where there are fewer).
+    From a path or a data set `count` pictures (None: 32) or sequences of `length` tokens (None: 128) are drawn by
+    `seed`; all where there are fewer.
 
     Raises:
-        InputError: fewer pictures than asked for, no processor for pictures, or nothing at all.
+        InputError: fewer than asked for, no processor for pictures or tokenizer for text, or nothing at all.
     """
     if isinstance(data, str | Path):
-        data = open_images(data)
+        data = open_data(data)
+    if isinstance(data, TextSet):
+        if tokenizer is None:
+            raise InputError("text needs a tokenizer: use a model folder that has one, or pass batches of input_ids")
+        windows = data.sample(tokenizer, length, count, seed, SEQUENCES)
+        parts = windows.split(max(1, min(batch_size, TOKENS // length)))
+        return _calibration([{"input_ids": part} for part in parts], len(windows), data.source, device)
     if isinstance(data, ImageSet):
         chosen = data.sample(min(COUNT, len(data)) if count is None else count, seed)
         if processor is None:

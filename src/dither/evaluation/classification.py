@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Float
@@ -17,9 +17,10 @@ Progress = Callable[[int], None]  # called with the number of pictures done so f
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a report says of a classifier; None where labels or reference logits were not given.
+    """What a report says of a network; None where it does not apply, or labels or a reference were not given.
 
-    `top1` and `agreement` are shares in 0..1, `kl` is in nats, `sqnr_db` is inf if all logits are the reference's.
+    `count` is of pictures or of windows of text. `top1` and `agreement` are shares in 0..1, `kl` is in nats, `sqnr_db`
+    is inf if all logits are the reference's.
     """
 
     count: int
@@ -29,18 +30,14 @@ class Evaluation:
     agreement: float | None = None
     kl: float | None = None
     sqnr_db: float | None = None
+    perplexity: float | None = None
+    fp_perplexity: float | None = None
 
     def to_json(self) -> dict[str, int | float | str | None]:
-        """Plain data for a report; an infinite ratio becomes None, which JSON can hold."""
-        ratio = self.sqnr_db if self.sqnr_db is not None and math.isfinite(self.sqnr_db) else None
+        """Plain data for a report; what is infinite becomes None, which JSON can hold."""
         return {
-            "count": self.count,
-            "source": self.source,
-            "top1": self.top1,
-            "fp_top1": self.fp_top1,
-            "agreement": self.agreement,
-            "kl": self.kl,
-            "sqnr_db": ratio,
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
         }
 
 
@@ -54,7 +51,7 @@ def predict(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     rows: list[Tensor] = []
     done = 0
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for pixels in batches:
             logits = _logits(model(pixels.to(device=device, dtype=dtype)))
             rows.append(logits.to(device="cpu", dtype=torch.float32))
@@ -90,7 +87,7 @@ def evaluate_classifier(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode and give each its own mode back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

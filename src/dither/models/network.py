@@ -17,6 +17,7 @@ from dither.errors import DependencyError, InputError, PathError, StorageError
 from dither.models.structure import rebuild
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 _AUTOMATIC = (
     "AutoModelForImageClassification",
     "AutoModelForCausalLM",
@@ -35,6 +36,7 @@ class Network:
     name: str
     source: Path | None = None
     processor: ImageProcessor | None = None
+    tokenizer: Any | None = None
 
     def run(self, batch: Any) -> Any:
         """Call the model on a batch: a tensor, a tuple of arguments or a dict of named ones.
@@ -63,6 +65,11 @@ class Network:
     def channels(self) -> int:
         """Channels of the pictures the model expects."""
         return int(self.config.get("num_channels", 3))
+
+    @property
+    def context(self) -> int:
+        """Tokens that a language model reads at most; practically endless where its configuration does not say."""
+        return int(self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2**31)
 
     @property
     def stored_bytes(self) -> int:
@@ -95,8 +102,24 @@ def open_network(
     loaded = _load_timm(folder, config) if "architecture" in config else _load_transformers(folder, config, dtype)
     loaded = loaded.to(device).eval()
     if not (folder / "preprocessor_config.json").exists():
-        return Network(loaded, folder.resolve().name, folder, _timm_processor(loaded))
-    return Network(loaded, folder.resolve().name, folder, load_processor(folder))
+        return Network(loaded, folder.resolve().name, folder, _timm_processor(loaded), load_tokenizer(folder))
+    return Network(loaded, folder.resolve().name, folder, load_processor(folder), load_tokenizer(folder))
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """The folder's tokenizer, or None where there is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"the tokenizer in {str(folder)!r} cannot be read: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -120,7 +143,7 @@ def _from_module(model: nn.Module) -> Network:
     name = folder.resolve().name if folder is not None else type(model).__name__
     has_processor = folder is not None and (folder / "preprocessor_config.json").exists()
     processor = load_processor(folder) if has_processor and folder is not None else _timm_processor(model)
-    return Network(model, name, folder, processor)
+    return Network(model, name, folder, processor, None if folder is None else load_tokenizer(folder))
 
 
 def _load_transformers(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:

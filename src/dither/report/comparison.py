@@ -11,8 +11,12 @@ from dither.report.canvas import INK, MUTED
 from dither.report.data import MethodSummary, Spread, items, method_summaries, number, quality_metric, section
 from dither.report.table import seconds
 
-TITLES = {"top1": "top-1, %", "agreement": "agreement with full precision, %", "sqnr_db": "SQNR, dB"}
-FACTOR = {"top1": 100.0, "agreement": 100.0, "sqnr_db": 1.0}
+TITLES = {
+    "top1": "top-1, %", "perplexity": "perplexity", "agreement": "agreement with full precision, %",
+    "sqnr_db": "SQNR, dB",
+}  # fmt: skip
+FACTOR = {"top1": 100.0, "perplexity": 1.0, "agreement": 100.0, "sqnr_db": 1.0}
+KNOWN = ("top1", "perplexity")  # what full precision has a value of that is not trivial
 LOG_TIME = 20.0  # slowest over fastest from which bars of time need a log axis
 LEAST_SPAN = 0.1  # bits per weight; below it all results stand above one point
 
@@ -214,6 +218,6 @@ def _indices(rows: Sequence[MethodSummary]) -> dict[str, int]:
 
 
 def _reference(data: Mapping[str, Any], metric: str) -> float | None:
-    """The full-precision value of a metric; only top-1 has one that is not trivial."""
-    known = number(section(data, "reference").get("top1")) if metric == "top1" else None
+    """The full-precision value of a metric, where that is not trivial."""
+    known = number(section(data, "reference").get(metric)) if metric in KNOWN else None
     return None if known is None else FACTOR[metric] * known

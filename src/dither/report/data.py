@@ -13,8 +13,14 @@ from dither.errors import InputError, PathError, StorageError, nearest
 SCHEMA = 1
 LISTS = {"quantize": ("layers", "operands", "coverage"), "compare": ("runs", "failures")}
 OBJECTS = {"quantize": ("model", "recipe", "provenance", "totals"), "compare": ("model", "provenance", "reference")}
-HIGHER_IS_BETTER = {"top1": True, "agreement": True, "kl": False, "sqnr_db": True}
-SHOWN_DIGITS = {"top1": 3, "agreement": 3, "kl": 3, "sqnr_db": 1}  # decimals that a reader of the table sees
+HIGHER_IS_BETTER = {"top1": True, "perplexity": False, "agreement": True, "kl": False, "sqnr_db": True}
+SHOWN_DIGITS = {
+    "top1": 3,
+    "perplexity": 2,
+    "agreement": 3,
+    "kl": 3,
+    "sqnr_db": 1,
+}  # decimals that a reader of the table sees
 METRICS = (*HIGHER_IS_BETTER, "bits_per_weight", "size_bytes", "time_s")
 
 
@@ -145,8 +151,8 @@ def spread(values: Iterable[object]) -> Spread | None:
 
 
 def quality_metric(data: Mapping[str, Any]) -> str:
-    """What methods are ranked by: top-1 when any run knows it, else agreement, else SQNR."""
-    for metric in ("top1", "agreement"):
+    """What methods are ranked by: the first that any run knows of top-1, perplexity, agreement; else SQNR."""
+    for metric in ("top1", "perplexity", "agreement"):
         if any(number(run.get(metric)) is not None for run in items(data, "runs")):
             return metric
     return "sqnr_db"
@@ -165,7 +171,7 @@ def method_summaries(data: Mapping[str, Any]) -> list[MethodSummary]:
     summaries = [_summary(*key, runs) for key, runs in groups.items()]
     order = list(dict.fromkeys(row.setting for row in summaries))
     metric = quality_metric(data)
-    return sorted(summaries, key=lambda row: (order.index(row.setting), -_mean(row, metric), row.label))
+    return sorted(summaries, key=lambda row: (order.index(row.setting), _rank(row, metric), row.label))
 
 
 def best_cells(rows: Sequence[MethodSummary]) -> set[tuple[int, str]]:
@@ -202,9 +208,11 @@ def _summary(label: str, weights: str, activations: str, runs: Sequence[Mapping[
     )
 
 
-def _mean(row: MethodSummary, metric: str) -> float:
+def _rank(row: MethodSummary, metric: str) -> float:
     cell = row.metrics[metric]
-    return cell.mean if cell else -math.inf
+    if cell is None:
+        return math.inf
+    return -cell.mean if HIGHER_IS_BETTER[metric] else cell.mean
 
 
 def _text(value: object) -> str:

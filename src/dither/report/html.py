@@ -16,7 +16,7 @@ from dither.report.comparison import layer_lines_plot, methods_plot, tradeoff_pl
 from dither.report.data import MethodSummary, best_cells, check_report, items, method_summaries, number, section
 
 NUMERIC = frozenset(
-    "Shape,Bits,Size,Output error,Time,Parameters,Modules,Top-1,Agreement,KL,SQNR dB,Seeds,Seed".split(",")
+    "Shape,Bits,Size,Output error,Time,Parameters,Modules,Top-1,Perplexity,Agreement,KL,SQNR dB,Seeds,Seed".split(",")
 )
 SORT_KEYS = {"Parameters": "parameters", "Bits": "bits_per_weight", "Output error": "output_error"}
 ERRORS = "Output error: " + table.MEANING["Output error"] + "."

@@ -9,6 +9,7 @@ from dither.report.data import MethodSummary, Spread, items, method_summaries, n
 DASH = "–"
 MEANING = {
     "Top-1": "share of test inputs whose first choice is the right class",
+    "Perplexity": "of text that the model predicts token by token; lower is better",
     "Agreement": "share of test inputs where the quantized and the full-precision model choose the same class",
     "KL": "mean divergence of the two models' output distributions in nats; 0 is identical",
     "SQNR": "power of the full-precision outputs over the power of the error, in dB; higher is better",
@@ -148,6 +149,7 @@ def _quantize_summary(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"{percent(before)} → {percent(after)}" if before is not None else percent(after),
             (change + inputs).strip(),
         ),
+        ("Perplexity", _change(evaluation.get("fp_perplexity"), evaluation.get("perplexity")), inputs),
         ("Agreement", percent(evaluation.get("agreement")), inputs),
         ("KL", significant(evaluation.get("kl")) + " nats", inputs),
         ("SQNR", fixed(evaluation.get("sqnr_db"), 1) + " dB", inputs),
@@ -156,6 +158,10 @@ def _quantize_summary(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("Quantized", percent(share), f"of {count(parameters)} parameters"),
         ("Time", seconds(totals.get("time_s")), f"peak memory {memory}" if memory != DASH else ""),
     ]
+
+
+def _change(before: object, after: object) -> str:
+    return fixed(after) if number(before) is None else f"{fixed(before)} → {fixed(after)}"
 
 
 def _compare_summary(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -172,6 +178,7 @@ def _compare_summary(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             percent(reference.get("top1")),
             "full precision" + (f", {count(inputs)} inputs" if inputs is not None else ""),
         ),
+        ("Perplexity", fixed(reference.get("perplexity")), "full precision"),
         ("Size", size(reference.get("size_bytes")), "full precision"),
         ("Time", seconds(math.fsum(times) if times else None), "all runs together"),
     ]
@@ -193,6 +200,7 @@ def compare_cells(row: MethodSummary) -> dict[str, tuple[str, str]]:
         "Bits": ("bits_per_weight", fixed(cell.mean if (cell := m["bits_per_weight"]) else None)),
         "Size": ("size_bytes", size(cell.mean if (cell := m["size_bytes"]) else None)),
         "Top-1": ("top1", spread_text(m["top1"], 1, 100.0, "%")),
+        "Perplexity": ("perplexity", spread_text(m["perplexity"], 2)),
         "Agreement": ("agreement", spread_text(m["agreement"], 1, 100.0, "%")),
         "KL": ("kl", spread_text(m["kl"], 3)),
         "SQNR dB": ("sqnr_db", spread_text(m["sqnr_db"], 1)),
