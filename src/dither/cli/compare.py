@@ -132,5 +132,7 @@ def show_comparison(terminal: Terminal, data: dict[str, Any], extra: dict[str, A
     top1 = "" if reference["top1"] is None else f"top-1 {percent(reference['top1'])}, "
     words = "" if reference.get("perplexity") is None else f"perplexity {fixed(reference['perplexity'])}, "
     terminal.line(f"full precision: {top1}{words}{size(reference['size_bytes'])}")
+    if len({run["activations"] for run in data["runs"] if run["weights"] == data["runs"][0]["weights"]}) > 1:
+        terminal.note("the rows differ in what they do to activations: read each format apart, or give --activations")
     for failure in failures:
         terminal.line(f"failed: {failure['method']} seed {failure['seed']}: {failure['error']}")
