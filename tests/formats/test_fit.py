@@ -1,5 +1,6 @@
 """Fitting: each cell's scale comes from its own values, and the dual grid finds the outlier columns."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dither.errors import SpecError
 from dither.formats.fit import fit_grid, outlier_columns
+from dither.formats.qtensor import QTensor, quantize
 from dither.formats.ranges import affine, search_range
 from dither.formats.spec import QuantSpec
 
@@ -125,3 +127,28 @@ def test_a_format_that_cannot_hold_a_weight_is_refused(text: str) -> None:
         SpecError, match=r"weights need a uniform format per tensor, channel or group, got .*; try int4"
     ):
         fit_grid(drawn(4, 4), QuantSpec.parse(text))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_shared_exponents_follow_the_formula_of_block_floating_point(bits: int) -> None:
+    """e = floor(log2(max |x|)), m = min(round(|x| / 2^e * 2^(b-2)), 2^(b-1) - 1), x̂ = sign m 2^e / 2^(b-2)."""
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 4, 6)[:, None]
+    weight[0, :16] = 0
+    weight[1, 16:32] = torch.tensor([4.0, -4.0, 1.0, 0.5]).repeat(4)  # a power of two is its own floor
+    found = fit_grid(weight, QuantSpec.parse(f"mxint{bits}:g16")).round(weight)
+    for row in range(6):
+        for start in range(0, 64, 16):
+            block = [float(x) for x in weight[row, start : start + 16]]
+            top = max(abs(x) for x in block)
+            unit = 2.0 ** (math.floor(math.log2(top)) - (bits - 2)) if top else 1.0
+            expected = [math.copysign(min(round(abs(x) / unit), 2 ** (bits - 1) - 1) * unit, x) for x in block]
+            assert found[row, start : start + 16].tolist() == expected
+
+
+def test_shared_exponents_hold_the_largest_and_the_smallest_blocks() -> None:
+    weight = torch.tensor([[3.0e38, -1.0], [1.2e-38, 0.0], [1e-45, 0.0], [0.0, 0.0]])
+    tensor = quantize(weight, fit_grid(weight, QuantSpec.parse("mxint8:g2")))
+    found = QTensor.unpack(tensor.pack(), tensor.layout).dequantize()
+    assert torch.equal(found, tensor.dequantize()) and bool(found.isfinite().all())
+    assert float(found[0, 0]) == pytest.approx(3.0e38, rel=0.01)
+    assert not bool(found[2:].any())

@@ -1,12 +1,18 @@
 """QTensor: what is stored decodes to exactly what was quantized, and its bytes are counted by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from dither.errors import ShapeError
+from dither.formats.codebook import Codebook
 from dither.formats.fit import fit_grid
+from dither.formats.grid import Grid
+from dither.formats.low_rank import LowRank
 from dither.formats.qtensor import QTensor, quantize
+from dither.formats.sparse import Sparse
 from dither.formats.spec import QuantSpec
 
 SHAPE = (24, 36)
@@ -83,8 +89,70 @@ def test_average_bits_of_usual_formats() -> None:
     assert stored("int3:g16:asym:tight:realzero", "float32", (16, 256)).bits_per_weight == 3 + 64 / 16
 
 
+@pytest.mark.parametrize(
+    ("text", "outliers", "bits"),
+    [
+        ("int3:g16:asym:tight:realzero:s3.16", None, 3.625),  # b + (3 + 3) / 16 + 2 * 32 / (16 * 16)
+        ("int3:g16:asym:tight:realzero:s3.16", 0.01, 3.945),  # and 32 bits for every hundredth weight
+        ("int4:g16:asym:tight:realzero:s3.16", 0.002, 4.69),
+        ("int2:g128:asym:tight:realzero:s3.16", None, 2.078),
+    ],
+)
+def test_average_bits_of_spqr_are_those_of_its_formula(text: str, outliers: float | None, bits: float) -> None:
+    """SpQR's count leaves out the row offsets, 32 bits a row, which are counted here."""
+    shape = (64, 4096)  # eight groups of 3 bits fill whole bytes
+    tensor = stored(text, shape=shape)
+    if outliers is not None:
+        mask = torch.zeros(shape, dtype=torch.bool).flatten()
+        mask[: round(outliers * mask.numel())] = True
+        tensor = replace(tensor, sparse=Sparse.of(torch.ones(shape), mask.reshape(shape)))
+    offsets = 0 if outliers is None else 32 * 65 / (64 * 4096)
+    assert tensor.bits_per_weight - offsets == pytest.approx(bits, abs=1.1e-3)
+    assert tensor.bits_per_weight == pytest.approx(8 * sum(p.nbytes for p in tensor.pack().values()) / (64 * 4096))
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [
+        ("nf4:g64", 4.25),
+        ("nf4:g64:s8.256", 4 + 8 / 64 + 32 / (64 * 256)),  # double quantization
+        ("mxint4:g32", 4.25),
+        ("mxint3:g32", 3.25),
+        ("mxint2:g16", 2.5),
+    ],
+)
+def test_average_bits_of_block_formats(text: str, bits: float) -> None:
+    assert stored(text, shape=(512, 256)).bits_per_weight == pytest.approx(bits, abs=1e-9)
+
+
+def test_average_bits_of_tables_of_levels() -> None:
+    spec = QuantSpec.parse("nuq3")
+    book = Codebook.of_levels(spec, drawn(8, 8)[:, None])
+    assert quantize(drawn(8, 4096), book).bits_per_weight == 3 + 8 * 16 / 4096
+    spec = QuantSpec.parse("nuq2:g128:dual")  # BiLLM: four levels for each row, column block and class
+    column_of = 2 * (torch.arange(256) // 128) + (torch.arange(256) % 5 == 0)
+    book = Codebook.of_levels(spec, drawn(8, 16).reshape(8, 4, 4), None, column_of)
+    assert quantize(drawn(8, 256), book).bits_per_weight == 2 + 4 * 4 * 16 / 256 + 1 / 8
+
+
+def test_average_bits_of_a_correction() -> None:
+    tensor = stored("int4:g128", shape=(256, 256))
+    corrected = replace(tensor, low_rank=LowRank.of(drawn(8, 256), drawn(256, 8)))
+    assert corrected.bits_per_weight - tensor.bits_per_weight == 8 * (256 + 256) * 16 / (256 * 256)
+    corrected = replace(tensor, low_rank=LowRank.of(drawn(8, 256), drawn(256, 8), "int8"))
+    assert corrected.bits_per_weight - tensor.bits_per_weight == (8 * (256 + 256) * 8 + 2 * 8 * 16) / (256 * 256)
+
+
+def test_a_grid_without_the_codes_of_its_scales_is_not_stored() -> None:
+    tensor = stored("int4:g4:s3.16")
+    assert isinstance(tensor.grid, Grid)
+    with pytest.raises(ShapeError, match="must bring the codes"):
+        QTensor(tensor.codes, replace(tensor.grid, scale_codes=None)).pack()
+
+
 def test_a_weight_on_the_grid_is_stored_without_loss() -> None:
-    for text in ("int4", "int3:g4:asym", "int4:asym:tight:realzero", "int8:asym:dual"):
+    texts = ("int4", "int3:g4:asym", "int4:asym:tight:realzero", "int8:asym:dual", "nf4:g4", "mxint3:g4")
+    for text in (*texts, "int3:g4:asym:realzero:s3.4", "nf4:s8.16"):
         tensor = stored(text)
         assert torch.equal(quantize(tensor.dequantize(), tensor.grid).codes, tensor.codes)
         assert torch.equal(quantize(tensor.dequantize(torch.float64), tensor.grid).codes, tensor.codes)

@@ -12,12 +12,34 @@ from dither.formats.spec import WEIGHT_PERCENTILES, QuantSpec, read_spec, spec_f
 
 
 @st.composite
+def weight_specs(draw: st.DrawFn, kind: Any) -> QuantSpec:
+    """Every consistent spec of a format that only weights have."""
+    granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
+    along = draw(st.sampled_from(["inputs", "outputs"]))
+    second = kind in ("nf", "fp") and draw(st.booleans())
+    return QuantSpec(
+        kind=kind,
+        bits=4 if kind in ("nf", "fp") else draw(st.integers(2, 8)),
+        granularity=granularity,
+        group_size=draw(st.integers(1, 4096)) if granularity == "group" else None,
+        group_along=along,
+        dual=kind == "nuq" and granularity != "tensor" and along == "inputs" and draw(st.booleans()),
+        scale_bits=draw(st.integers(1, 8)) if second else None,
+        scale_group=draw(st.integers(1, 512)) if second else None,
+    )
+
+
+@st.composite
 def specs(draw: st.DrawFn) -> QuantSpec:
     """Every consistent spec whose fields have tokens."""
-    kind = draw(st.sampled_from(["int", "log2", "logsqrt2", "twin"]))
+    kind = draw(st.sampled_from(["int", "log2", "logsqrt2", "twin", "nf", "fp", "nuq", "mxint"]))
+    if kind in ("nf", "fp", "nuq", "mxint"):
+        return draw(weight_specs(kind))
     bits = draw(st.integers(2 if kind == "twin" else 1, 8))
     granularity = draw(st.sampled_from(["tensor", "channel", "token", "group"]))
     symmetry = draw(st.sampled_from(["sym", "asym", "unsigned"]))
+    power_of_two, dynamic = draw(st.booleans()), granularity == "token" or draw(st.booleans())
+    second = kind == "int" and not power_of_two and not dynamic and draw(st.booleans())
     return QuantSpec(
         kind=kind,
         bits=bits,
@@ -30,8 +52,10 @@ def specs(draw: st.DrawFn) -> QuantSpec:
         search=draw(st.sampled_from(["minmax", "percentile", "mse"])),
         narrow=symmetry == "sym" and bits > 1 and draw(st.booleans()),
         dual=granularity == "channel" and kind == "int" and draw(st.booleans()),
-        power_of_two=draw(st.booleans()),
-        dynamic=granularity == "token" or draw(st.booleans()),
+        power_of_two=power_of_two,
+        dynamic=dynamic,
+        scale_bits=draw(st.integers(1, 8)) if second else None,
+        scale_group=draw(st.integers(1, 512)) if second else None,
     )
 
 
@@ -67,6 +91,11 @@ def test_a_spec_reads_back_from_its_plain_data(spec: QuantSpec, dtype: str, perc
         ("int4:narrow:pow2:mse", {"narrow": True, "power_of_two": True, "search": "mse"}),
         ("int4:dual:percentile", {"dual": True, "search": "percentile"}),
         ("int4:asym:sym", {"symmetry": "sym"}),
+        ("nf4:g64:s8.256", {"kind": "nf", "bits": 4, "group_size": 64, "scale_bits": 8, "scale_group": 256}),
+        ("fp4", {"kind": "fp", "bits": 4, "granularity": "channel"}),
+        ("nuq3:g128:dual", {"kind": "nuq", "bits": 3, "group_size": 128, "dual": True}),
+        ("mxint4:g32", {"kind": "mxint", "bits": 4, "group_size": 32}),
+        ("int3:g16:asym:tight:realzero:s3.16", {"scale_bits": 3, "scale_group": 16, "zero_point": "real"}),
     ],
 )
 def test_each_token_sets_its_field(text: str, fields: dict[str, Any]) -> None:
@@ -83,6 +112,13 @@ def test_what_a_text_leaves_out_comes_from_the_base() -> None:
     assert QuantSpec.parse("log2-2:tensor", base=base).kind == "log2"
 
 
+@pytest.mark.parametrize("text", ["nf4", "fp4", "nuq3", "mxint4"])
+def test_formats_that_are_not_uniform_take_only_the_granularity_of_a_base(text: str) -> None:
+    base = QuantSpec.parse("int4:g128:asym:mse:tight:realzero:s3.16")
+    assert QuantSpec.parse(text, base=base) == QuantSpec.parse(f"{text}:g128")
+    assert QuantSpec.parse(text, base=QuantSpec.parse("int4:narrow:percentile")) == QuantSpec.parse(text)
+
+
 def test_every_token_has_an_opposite_that_undoes_it() -> None:
     pairs = ["asym:sym", "unsigned:sym", "tight:zeroin", "clampzero:intzero", "realzero:intzero", "mse:minmax"]
     pairs += [
@@ -93,6 +129,7 @@ def test_every_token_has_an_opposite_that_undoes_it() -> None:
         "dynamic:static",
         "ic:oc",
         "g8:channel",
+        "s3.16:exactscale",
     ]
     for pair in pairs:
         assert QuantSpec.parse(f"int4:{pair}") == QuantSpec.parse("int4")
@@ -118,6 +155,19 @@ def test_every_token_has_an_opposite_that_undoes_it() -> None:
         ("log2-4:dual", "intB:channel:dual"),
         ("int4:asym:narrow", "narrow leaves out the lowest code of a symmetric grid"),
         ("int1:narrow", "2 bits or more"),
+        ("nf3", "only nf4 and fp4 are defined"),
+        ("mxint1", "2 bits or more"),
+        ("nf4:asym", "symmetry has no meaning for nf4"),
+        ("mxint4:s3.16", "scale_bits has no meaning for mxint4"),
+        ("nuq4:pow2", "power_of_two has no meaning for nuq4"),
+        ("nf4:token", "a format of weights"),
+        ("nuq2:tensor:dual", "two classes of columns"),
+        ("nf4:mse", "nf4 takes the largest magnitude"),
+        ("int4:pow2:s3.16", "only free scales"),
+        ("log2-4:s3.16", "only free scales"),
+        ("int4:s3", "unknown token 's3'; did you mean 's3.16'"),
+        ("nf5:g64", "only nf4"),
+        ("nuk4", "did you mean 'nuq4'"),
     ],
 )
 def test_a_text_outside_the_grammar_is_refused_with_a_hint(text: str, message: str) -> None:

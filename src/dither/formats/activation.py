@@ -30,6 +30,8 @@ def fit_activation(sample: Float[Tensor, "n d"], spec: QuantSpec) -> Scales:
     """
     if spec.dynamic or spec.granularity == "group":
         raise SpecError(f"activation format {spec} has no calibrated range; use tensor or channel granularity")
+    if not spec.for_activations:
+        raise SpecError(f"{spec} is a format of weights; write int{spec.bits}:tensor for activations")
     if spec.kind == "twin":
         return _fit_twin(sample, spec), torch.zeros((), device=sample.device)
     if spec.kind != "int":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dither.errors import ShapeError, SpecError
 from dither.formats.grid import EVERY, Columns, RoundMode
+from dither.formats.second_level import SecondLevel
 from dither.formats.spec import QuantSpec
 
 _NF4 = (
@@ -40,6 +41,7 @@ class Codebook:
     scale: Float[Tensor, "R2 C2"]
     row_of: Int[Tensor, " o"] | None = None
     column_of: Int[Tensor, " i"] | None = None
+    scale_codes: SecondLevel | None = None  # what `scale` decodes from where the spec says sB.G
 
     @classmethod
     def of_levels(
@@ -68,10 +70,11 @@ class Codebook:
         scale: Float[Tensor, "R C"],
         row_of: Int[Tensor, " o"] | None = None,
         column_of: Int[Tensor, " i"] | None = None,
+        scale_codes: SecondLevel | None = None,
     ) -> "Codebook":
         """The fixed levels of nf4 or fp4 with these scales."""
         levels = torch.tensor(FIXED_LEVELS[spec.kind], dtype=torch.float32, device=scale.device)
-        return cls(spec, levels[None, None], scale, row_of, column_of)
+        return cls(spec, levels[None, None], scale, row_of, column_of, scale_codes)
 
     def encode(self, x: Float[Tensor, "o n"], columns: Columns = EVERY, mode: RoundMode = "nearest") -> Tensor:
         """Codes (as floats) of the given columns; halfway between two levels the lower one is nearest."""
@@ -80,7 +83,7 @@ class Codebook:
         codes, cells = torch.empty_like(x), self._cells(x.shape[1], columns)
         for cell in cells.unique().tolist():
             chosen = (cells == cell).nonzero()[:, 0]
-            edges = ends[:, cell] if self.row_of is None else ends[self.row_of, cell]
+            edges = ends[:, cell] if self.row_of is None or len(ends) == 1 else ends[self.row_of, cell]
             edges = edges.expand(x.shape[0], -1).contiguous()
             codes[:, chosen] = torch.searchsorted(edges, steps[:, chosen].contiguous(), right=mode == "floor").to(x)
         return codes.sub_(1 if mode == "floor" else 0).clamp_(0, levels.shape[2] - 1)

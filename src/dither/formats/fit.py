@@ -3,13 +3,14 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dither.errors import SpecError
 from dither.formats.codebook import Codebook
 from dither.formats.grid import Grid, column_index, grid_shape, group_size, row_index
-from dither.formats.ranges import affine, search_range, stored_scale
+from dither.formats.ranges import affine, opened, search_range, stored_scale, zero_points
+from dither.formats.second_level import SecondLevel
 from dither.formats.spec import QuantSpec
 
 OUTLIER_PERCENTILE = 0.99  # ERQ v2 released code: 99th of the positive, 1st of the negative entries
@@ -42,10 +43,12 @@ def fit_codebook(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Codebook:
     if spec.kind == "nuq":
         raise SpecError(f"{spec} needs a method that fits a codebook to the weights, such as squeezellm")
     rows, columns = weight.shape
-    scale = stored_scale(_cells(weight, spec).abs().amax(dim=1), spec).reshape(grid_shape(spec, rows, columns))
-    return Codebook.of_scale(
-        spec, scale, row_index(spec, rows, weight.device), column_index(spec, columns, weight.device)
-    )
+    row_of, column_of = row_index(spec, rows, weight.device), column_index(spec, columns, weight.device)
+    largest = _cells(weight, spec).abs().amax(dim=1).reshape(grid_shape(spec, rows, columns))
+    if spec.second_level is None:
+        return Codebook.of_scale(spec, stored_scale(largest, spec), row_of, column_of)
+    second = SecondLevel.of(largest, *spec.second_level, positive=True)
+    return Codebook.of_scale(spec, second.decode(), row_of, column_of, second)
 
 
 def fit_uniform(weight: Float[Tensor, "o i"], spec: QuantSpec, importance: Float[Tensor, " i"] | None = None) -> Grid:
@@ -66,12 +69,33 @@ def fit_uniform(weight: Float[Tensor, "o i"], spec: QuantSpec, importance: Float
     rows, columns = weight.shape
     cells, shape = _cells(weight, spec), grid_shape(spec, rows, columns)
     weighed = _cells(importance.expand(rows, columns), spec)
-    scale, zero_point = affine(*search_range(cells, spec, importance=weighed), spec)
+    low, high = (bound.reshape(shape) for bound in search_range(cells, spec, importance=weighed))
     device = weight.device
-    return Grid(
-        spec, scale.reshape(shape), zero_point.reshape(shape), row_index(spec, rows, device),
-        column_index(spec, columns, device),
-    )  # fmt: skip
+    return grid_of_ranges(low, high, spec, row_index(spec, rows, device), column_index(spec, columns, device))
+
+
+def grid_of_ranges(
+    low: Float[Tensor, "R C"],
+    high: Float[Tensor, "R C"],
+    spec: QuantSpec,
+    row_of: Int[Tensor, " o"] | None = None,
+    column_of: Int[Tensor, " i"] | None = None,
+) -> Grid:
+    """The grid whose cells cover these ranges; zero-points follow from the scales as they are stored.
+
+    Raises:
+        SpecError: a scale or a real zero-point is too large for its storage.
+    """
+    shape, ends = low.shape, (low.flatten(), high.flatten())
+    if spec.second_level is None:
+        scale, zero_point = (part.reshape(shape) for part in affine(*ends, spec))
+        return Grid(spec, scale, zero_point, row_of, column_of)
+    first = SecondLevel.of(affine(*ends, spec, stored=False)[0].reshape(shape), *spec.second_level, positive=True)
+    scale, bottom = first.decode().to(low), opened(*ends, spec)[0].reshape(shape)
+    if not spec.stores_zero_point or spec.zero_point != "real":
+        return Grid(spec, scale, zero_points(bottom, scale, spec), row_of, column_of, first)
+    second = SecondLevel.of(zero_points(bottom, scale, spec, stored=False), *spec.second_level, positive=False)
+    return Grid(spec, scale, second.decode().to(low), row_of, column_of, first, second)
 
 
 def _cells(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Float[Tensor, "n m"]:
@@ -94,9 +118,9 @@ def _fit_dual(weight: Float[Tensor, "o i"], spec: QuantSpec, importance: Float[T
     for chosen in (~outlier, outlier):
         side = chosen if bool(chosen.any()) else ~chosen  # a single column has no other side
         weighed = importance[side].expand(weight.shape[0], -1)
-        parts.append(affine(*search_range(weight[:, side], spec, importance=weighed), spec))
-    scale, zero_point = (torch.stack([part[k] for part in parts], dim=1) for k in (0, 1))
-    return Grid(spec, scale, zero_point, None, outlier.long())
+        parts.append(search_range(weight[:, side], spec, importance=weighed))
+    low, high = (torch.stack([part[k] for part in parts], dim=1) for k in (0, 1))
+    return grid_of_ranges(low, high, spec, None, outlier.long())
 
 
 def outlier_columns(weight: Float[Tensor, "o i"]) -> Bool[Tensor, " i"]:

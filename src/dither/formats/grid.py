@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from dither.errors import ShapeError
+from dither.formats.second_level import SecondLevel
 from dither.formats.spec import QuantSpec
 
 RoundMode = Literal["nearest", "floor", "ceil"]
@@ -71,6 +72,8 @@ class Grid:
     zero_point: Float[Tensor, "R C"]
     row_of: Int[Tensor, " o"] | None = None
     column_of: Int[Tensor, " i"] | None = None
+    scale_codes: SecondLevel | None = None  # what `scale` decodes from where the spec says sB.G
+    zero_point_codes: SecondLevel | None = None
 
     def cells(self, columns: Columns = EVERY) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
         """Scale and zero-point of the given columns, broadcastable against [o, n]."""

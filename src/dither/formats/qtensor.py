@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dither.errors import ShapeError
 from dither.formats.codebook import Codebook
-from dither.formats.grid import Grid, column_index, highest_code, implied_zero_point, row_index
-from dither.formats.layout import Layout, packs_zero_point
+from dither.formats.grid import Grid
+from dither.formats.grid_packing import is_regrouped, pack_grid, unpack_grid
+from dither.formats.layout import Layout
 from dither.formats.low_rank import LowRank
 from dither.formats.packing import pack, unpack
-from dither.formats.ranges import EXPONENT_BIAS, scale_dtype
 from dither.formats.sparse import Sparse
 from dither.formats.spec import QuantSpec
 
@@ -41,7 +41,7 @@ class QTensor:
         """What its stored tensors look like."""
         outliers = None if self.sparse is None else self.sparse.count
         low_rank = None if self.low_rank is None else (self.low_rank.rank, self.low_rank.dtype)
-        return Layout(self.spec, self.shape, outliers, low_rank)
+        return Layout(self.spec, self.shape, outliers, low_rank, is_regrouped(self.grid))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o i"]:
         """The values that the codes stand for, plus outliers and correction; computed in float32."""
@@ -64,9 +64,7 @@ class QTensor:
 
     def pack(self) -> dict[str, Tensor]:
         """The stored tensors by their short names; `layout` says their shapes."""
-        parts = {"codes": pack(self.codes, self.spec.bits), **_pack_grid(self.grid)}
-        if self.spec.dual and self.grid.column_of is not None:
-            parts["column_set"] = pack((self.grid.column_of % 2).to(torch.uint8)[None], bits=1)[0]
+        parts = {"codes": pack(self.codes, self.spec.bits), **pack_grid(self.grid, self.layout)}
         for extra in (self.sparse, self.low_rank):
             parts |= {} if extra is None else extra.pack()
         return parts
@@ -85,58 +83,9 @@ class QTensor:
                 raise ShapeError(f"stored {name} of {spec} for weight {shape}: expected {size} {dtype}, got {found}")
         sparse = None if layout.outliers is None else Sparse.unpack(parts, shape)
         low_rank = None if layout.low_rank is None else LowRank.unpack(parts, layout.low_rank[1])
-        return cls(unpack(parts["codes"], spec.bits, shape[1]), _unpack_grid(parts, spec, shape), sparse, low_rank)
+        return cls(unpack(parts["codes"], spec.bits, shape[1]), unpack_grid(parts, layout), sparse, low_rank)
 
 
 def quantize(weight: Float[Tensor, "o i"], grid: Grid | Codebook) -> QTensor:
     """Round a weight to its nearest codes; exact for a weight that lies on the grid."""
     return QTensor(grid.codes(weight), grid)
-
-
-def _pack_grid(grid: Grid | Codebook) -> dict[str, Tensor]:
-    spec = grid.spec
-    if isinstance(grid, Codebook):
-        name, part = ("levels", grid.levels) if spec.kind == "nuq" else ("scale", grid.scale)
-        return {name: part.to(scale_dtype(spec))}
-    if spec.kind == "mxint":
-        exponent = torch.frexp(grid.scale).exponent - 1 + spec.bits - 2
-        return {"scale": (exponent + EXPONENT_BIAS).to(torch.uint8)}
-    parts = {"scale": grid.scale.to(scale_dtype(spec))}
-    if spec.stores_zero_point:
-        parts["zero_point"] = _pack_zero_point(grid.zero_point, spec)
-    return parts
-
-
-def _unpack_grid(parts: dict[str, Tensor], spec: QuantSpec, shape: tuple[int, int]) -> Grid | Codebook:
-    device, (rows, columns) = parts["codes"].device, shape
-    row_of, column_of = row_index(spec, rows, device), column_index(spec, columns, device)
-    if spec.dual:
-        half = unpack(parts["column_set"][None], bits=1, count=columns)[0].long()
-        column_of = half if column_of is None else column_of * 2 + half
-    if spec.kind == "nuq":
-        return Codebook.of_levels(spec, parts["levels"].float(), row_of, column_of)
-    if spec.is_codebook:
-        return Codebook.of_scale(spec, parts["scale"].float(), row_of, column_of)
-    if spec.kind == "mxint":
-        exponent = parts["scale"].int() - EXPONENT_BIAS - (spec.bits - 2)
-        scale = torch.ldexp(torch.ones(exponent.shape, device=device), exponent)
-    else:
-        scale = parts["scale"].float()
-    zero_point = torch.full_like(scale, implied_zero_point(spec))
-    if spec.stores_zero_point:
-        zero_point = _unpack_zero_point(parts["zero_point"], spec, scale.shape[1])
-    return Grid(spec, scale, zero_point, row_of, column_of)
-
-
-def _pack_zero_point(zero_point: Float[Tensor, "R C"], spec: QuantSpec) -> Tensor:
-    if spec.zero_point == "real":
-        return zero_point.to(scale_dtype(spec))
-    if not packs_zero_point(spec):
-        return zero_point.to(torch.int32)
-    return pack(zero_point.clamp(0, highest_code(spec)).to(torch.uint8), spec.bits)
-
-
-def _unpack_zero_point(stored: Tensor, spec: QuantSpec, columns: int) -> Float[Tensor, "R C"]:
-    if spec.zero_point == "real" or not packs_zero_point(spec):
-        return stored.float()
-    return unpack(stored, spec.bits, columns).float()

@@ -36,7 +36,7 @@ def affine(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec,
     """
     if spec.kind == "mxint":
         return _shared_exponent(torch.maximum(low.abs(), high.abs()), spec)
-    low, high = _open(low, high, spec)
+    low, high = opened(low, high, spec)
     if spec.symmetry == "asym":
         scale = (high - low) / highest_code(spec)
     elif spec.symmetry == "unsigned":
@@ -50,9 +50,7 @@ def affine(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec,
     if stored:
         scale = _as_stored(scale, spec)
     scale = scale.clamp_min(_SMALLEST[spec.scale_dtype if stored else "float32"])
-    if spec.symmetry != "asym":
-        return scale, torch.full_like(scale, implied_zero_point(spec))
-    return scale, _zero_point(low, scale, spec, stored)
+    return scale, zero_points(low, scale, spec, stored)
 
 
 def _shared_exponent(largest: Float[Tensor, " n"], spec: QuantSpec) -> Bounds:
@@ -67,7 +65,7 @@ def _shared_exponent(largest: Float[Tensor, " n"], spec: QuantSpec) -> Bounds:
     return scale, torch.full_like(scale, implied_zero_point(spec))
 
 
-def stored_scale(scale: Float[Tensor, " n"], spec: QuantSpec) -> Float[Tensor, " n"]:
+def stored_scale(scale: Float[Tensor, "*n"], spec: QuantSpec) -> Float[Tensor, "*n"]:
     """Scales rounded to their storage dtype, none of them zero.
 
     Raises:
@@ -76,7 +74,7 @@ def stored_scale(scale: Float[Tensor, " n"], spec: QuantSpec) -> Float[Tensor, "
     return _as_stored(scale, spec).clamp_min(_SMALLEST[spec.scale_dtype])
 
 
-def _as_stored(part: Float[Tensor, " n"], spec: QuantSpec) -> Float[Tensor, " n"]:
+def _as_stored(part: Float[Tensor, "*n"], spec: QuantSpec) -> Float[Tensor, "*n"]:
     rounded = part.to(scale_dtype(spec)).to(part.dtype)
     if bool((rounded.isinf() & part.isfinite()).any()):
         raise SpecError(
@@ -86,9 +84,16 @@ def _as_stored(part: Float[Tensor, " n"], spec: QuantSpec) -> Float[Tensor, " n"
     return rounded
 
 
-def _zero_point(
-    low: Float[Tensor, " n"], scale: Float[Tensor, " n"], spec: QuantSpec, stored: bool
-) -> Float[Tensor, " n"]:
+def zero_points(
+    low: Float[Tensor, "*n"], scale: Float[Tensor, "*n"], spec: QuantSpec, stored: bool = True
+) -> Float[Tensor, "*n"]:
+    """The zero-points that go with scales and the lower ends of `opened` ranges.
+
+    Raises:
+        SpecError: a real zero-point is too large for the storage dtype.
+    """
+    if spec.symmetry != "asym":
+        return torch.full_like(scale, implied_zero_point(spec))
     zero_point = -low / scale
     if spec.zero_point == "real":
         return _as_stored(zero_point, spec) if stored else zero_point
@@ -97,7 +102,8 @@ def _zero_point(
     return zero_point.clamp(0, highest_code(spec)) if spec.include_zero or spec.zero_point == "clamped" else zero_point
 
 
-def _open(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec) -> Bounds:
+def opened(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec) -> Bounds:
+    """The range that a grid covers: with zero in it where the spec wants that, and never of zero width."""
     if spec.include_zero or spec.symmetry != "asym":
         low, high = low.clamp(max=0), high.clamp(min=0)
     if spec.symmetry == "unsigned":

@@ -14,8 +14,8 @@ Grammar: KIND[:TOKEN]…, for example `int4`, `int3:g128`, `int4:g128:asym`, `in
               minmax | percentile | mse                             how the range is searched
               full | narrow                                         symmetric codes use all levels, or not the lowest
               single | dual                                         one grid a cell, or two (columns of two classes)
-              sB.G                                                  scales and real zero-points in B bits themselves, by
-                                                                    G consecutive rows of a column group (SpQR)
+              sB.G | exactscale                                     scales and real zero-points in B bits themselves, by
+                                                                    G consecutive rows of a column group (SpQR), or not
               anyscale | pow2                                       scales are free, or powers of two
               static | dynamic                                      activation ranges are calibrated, or of each call
 
@@ -58,6 +58,7 @@ _WORDS: dict[str, dict[str, Any]] = {
     "dual": {"dual": True},
     "anyscale": {"power_of_two": False},
     "pow2": {"power_of_two": True},
+    "exactscale": {"scale_bits": None, "scale_group": None},
     "static": {"dynamic": False},
     "dynamic": {"dynamic": True},
 }
@@ -119,6 +120,8 @@ class QuantSpec(BaseModel):
         for name in _UNIFORM:
             if name not in free and getattr(self, name) != getattr(plain, name):
                 raise SpecError(f"{self}: {name} has no meaning for {self._head()}")
+        if self.kind in ("nf", "fp", "mxint") and self.search != "minmax":
+            raise SpecError(f"{self}: {self._head()} takes the largest magnitude of a cell; write minmax")
         if self.granularity == "token" or self.dynamic:
             raise SpecError(f"{self}: {self._head()} is a format of weights, with one scale a tensor, channel or group")
         if self.dual and (self.granularity == "tensor" or self.group_along == "outputs"):
@@ -199,6 +202,16 @@ class QuantSpec(BaseModel):
     def stores_zero_point(self) -> bool:
         """Whether zero-points take space; symmetric and unsigned grids imply theirs."""
         return self.kind == "int" and self.symmetry == "asym"
+
+    @property
+    def for_activations(self) -> bool:
+        """Whether numbers of each call can be held, not only stored weights."""
+        return self.kind in ("int", "log2", "logsqrt2", "twin") and self.scale_bits is None
+
+    @property
+    def second_level(self) -> tuple[int, int] | None:
+        """Bits and rows of a group of the scales' own grid; None where they are stored as numbers."""
+        return None if self.scale_bits is None or self.scale_group is None else (self.scale_bits, self.scale_group)
 
     @property
     def is_codebook(self) -> bool:

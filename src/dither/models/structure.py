@@ -24,7 +24,7 @@ def describe(model: nn.Module, prefix: str = "") -> Structure:
     for name, module in model.named_modules(prefix=prefix):
         if isinstance(module, QuantizedLinear | QuantizedConv2d):
             structure["layers"][name] = {
-                **_describe_weight(module.packed.layout),
+                **describe_weight(module.packed.layout),
                 "bias": module.bias is not None,
                 "activations": _describe_quantizer(module.input_quantizer),
             }
@@ -36,11 +36,12 @@ def describe(model: nn.Module, prefix: str = "") -> Structure:
     return structure
 
 
-def _describe_weight(layout: Layout) -> dict[str, Any]:
-    """Outliers and correction are named only where there are any."""
+def describe_weight(layout: Layout) -> dict[str, Any]:
+    """Format and shape; what else is stored is named only where there is any."""
     entry: dict[str, Any] = {"weights": layout.spec.model_dump(mode="json"), "shape": list(layout.shape)}
     entry |= {} if layout.outliers is None else {"outliers": layout.outliers}
-    return entry | ({} if layout.low_rank is None else {"low_rank": list(layout.low_rank)})
+    entry |= {} if layout.low_rank is None else {"low_rank": list(layout.low_rank)}
+    return entry | ({"regrouped": True} if layout.regrouped else {})
 
 
 def read_layout(entry: Mapping[str, Any]) -> Layout:
@@ -48,7 +49,8 @@ def read_layout(entry: Mapping[str, Any]) -> Layout:
     rank = entry.get("low_rank")
     shape = (entry["shape"][0], entry["shape"][1])
     low_rank = None if rank is None else (rank[0], rank[1])
-    return Layout(QuantSpec(**entry["weights"]), shape, entry.get("outliers"), low_rank)
+    regrouped = entry.get("regrouped", False)
+    return Layout(QuantSpec(**entry["weights"]), shape, entry.get("outliers"), low_rank, regrouped)
 
 
 def _describe_quantizer(quantizer: nn.Module | None) -> dict[str, Any] | None:
