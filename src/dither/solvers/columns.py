@@ -8,19 +8,18 @@ without any input is rounded to nearest instead of set to zero; a trailing bias 
 a grid fitted on the way sees every compensation made so far, also within a lazy block.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dither.formats.codebook import Codebook
-from dither.formats.grid import Grid, decode, encode
+from dither.formats.grid import Grid
 from dither.formats.spec import QuantSpec
 from dither.solvers.cholesky import factorize, inverse_upper
-from dither.solvers.outliers import filled_with_mean
+from dither.solvers.rounders import GroupFit, Keeping, OnTheWay, Rounder, on_grid
 
 BLOCK = 64  # released code: 128; measured: on a CPU 64 is faster, the result is the same
 
@@ -58,24 +57,9 @@ class Ordered:
         notes = {"damping": factor.damping, "tries": float(factor.tries)}
         return cls(weight[:, order], inverse_upper(factor.lower), order, notes)
 
-    def restored(self, swept: Float[Tensor, "o k"]) -> Float[Tensor, "o k"]:
+    def restored(self, swept: Shaped[Tensor, "o k"]) -> Shaped[Tensor, "o k"]:
         """A matrix in the order of the sweep, its columns where they came from."""
         return swept[:, torch.argsort(self.order)]
-
-
-@runtime_checkable
-class Rounder(Protocol):
-    """What the sweep asks of a format; places count columns in the order of the sweep."""
-
-    @property
-    def size(self) -> int:
-        """Columns of a group."""
-
-    def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
-        """A group begins at place `start`; `current` are its columns with all compensation so far."""
-
-    def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
-        """What a column becomes."""
 
 
 def round_by_columns(
@@ -96,12 +80,9 @@ def round_by_columns(
         NumericalError: the damped Gram is not positive definite at any step of the ladder.
     """
     ordered = Ordered.of(weight, gram, columns, damping, act_order)
-    rounder: Rounder = _on_grid(grid, ordered, columns)
-    swept = sweep(ordered, rounder if kept is None else _Keeping.of(rounder, kept, ordered, columns), columns)
+    rounder = on_grid(grid, weight, ordered.order[:columns])
+    swept = sweep(ordered, rounder if kept is None else Keeping.of(rounder, kept, ordered.order[:columns]), columns)
     return Rounded(ordered.restored(swept), grid, ordered.notes)
-
-
-GroupFit = Callable[[Float[Tensor, "o g"], Int[Tensor, " g"]], Grid | Codebook]
 
 
 def round_by_groups(
@@ -123,22 +104,9 @@ def round_by_groups(
         NumericalError: the damped Gram is not positive definite at any step of the ladder.
     """
     ordered = Ordered.of(weight, gram, columns, damping, act_order)
-    size = spec.group_size or columns
-    fitted = _OnTheWay(ordered.order[:columns], size, fit, [])
-    swept = sweep(ordered, fitted if kept is None else _Keeping.of(fitted, kept, ordered, columns), columns)
-    column_of = torch.empty_like(ordered.order[:columns])
-    column_of[ordered.order[:columns]] = torch.arange(columns, device=column_of.device) // size
-    return Rounded(ordered.restored(swept), joined(fitted.grids, spec, column_of), ordered.notes)
-
-
-def joined(grids: list[Grid | Codebook], spec: QuantSpec, column_of: Int[Tensor, " i"]) -> Grid | Codebook:
-    """Grids of one cell a row side by side, as one grid whose column c uses grid `column_of[c]`."""
-    first, scale = grids[0], torch.cat([grid.scale for grid in grids], dim=1)
-    if isinstance(first, Codebook):
-        levels = [grid.levels for grid in grids if isinstance(grid, Codebook)]
-        return Codebook(spec, first.levels if spec.kind != "nuq" else torch.cat(levels, dim=1), scale, None, column_of)
-    zero_point = torch.cat([grid.zero_point for grid in grids if isinstance(grid, Grid)], dim=1)
-    return Grid(spec, scale, zero_point, None, column_of)
+    fitted = OnTheWay.of(spec, ordered.order[:columns], fit)
+    swept = sweep(ordered, fitted if kept is None else Keeping.of(fitted, kept, ordered.order[:columns]), columns)
+    return Rounded(ordered.restored(swept), fitted.grid(spec), ordered.notes)
 
 
 def column_order(gram: Float[Tensor, "k k"], columns: int, act_order: bool) -> Int[Tensor, " k"]:
@@ -184,92 +152,3 @@ def lazy_blocks(count: int, size: int) -> Iterator[tuple[int, int]]:
     for first in range(0, count, step):
         end = min(first + step, count)
         yield from ((start, min(start + BLOCK, end)) for start in range(first, end, BLOCK))
-
-
-def _on_grid(grid: Grid | Codebook, ordered: Ordered, columns: int) -> "_OnUniform | _OnCodebook":
-    order, weight = ordered.order[:columns], ordered.weight
-    if isinstance(grid, Codebook):
-        levels, scale = grid.levels.to(weight), grid.scale.to(weight)
-        return _OnCodebook(columns, replace(grid, levels=levels, scale=scale), order)
-    cells = (part.to(weight).expand(weight.shape[0], columns).T.contiguous() for part in grid.cells(order))
-    return _OnUniform(columns, grid.spec, *cells)
-
-
-@dataclass(frozen=True)
-class _OnUniform:
-    """A uniform grid fitted beforehand; scale and zero-point of a place are contiguous."""
-
-    size: int
-    spec: QuantSpec
-    scale: Float[Tensor, "n o"]
-    zero_point: Float[Tensor, "n o"]
-
-    def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
-        """Nothing depends on the group."""
-
-    def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
-        """Nearest on the grid."""
-        cell = self.scale[place], self.zero_point[place]
-        return decode(encode(column, *cell, self.spec), *cell)
-
-
-@dataclass(frozen=True)
-class _OnCodebook:
-    """A codebook fitted beforehand."""
-
-    size: int
-    grid: Codebook
-    order: Int[Tensor, " n"]
-
-    def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
-        """Nothing depends on the group."""
-
-    def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
-        """The nearest level."""
-        return self.grid.round(column[:, None], self.order[place : place + 1])[:, 0]
-
-
-@dataclass(frozen=True)
-class _OnTheWay:
-    """One grid a group, fitted to what the group's columns have become when the sweep enters it."""
-
-    order: Int[Tensor, " n"]
-    size: int
-    fit: GroupFit
-    grids: list[Grid | Codebook]
-
-    def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
-        """Fit the grid of the group."""
-        self.grids.append(self.fit(current.T, self.order[start : start + current.shape[0]]))
-
-    def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
-        """Nearest on the group's grid."""
-        only = torch.zeros(1, dtype=torch.long, device=column.device)
-        return self.grids[-1].round(column[:, None], only)[:, 0]
-
-
-@dataclass(frozen=True)
-class _Keeping:
-    """Another rounder, except for entries that stay as they are."""
-
-    inner: Rounder
-    kept: Bool[Tensor, "n o"]
-
-    @classmethod
-    def of(cls, inner: Rounder, kept: Bool[Tensor, "o n"], ordered: Ordered, columns: int) -> "_Keeping":
-        """With a mask in the order of the weight's columns."""
-        return cls(inner, kept[:, ordered.order[:columns]].T.contiguous())
-
-    @property
-    def size(self) -> int:
-        """Columns of a group."""
-        return self.inner.size
-
-    def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
-        """Kept entries must not stretch the grid of the others."""
-        kept = self.kept[start : start + current.shape[0]]
-        self.inner.enter(start, filled_with_mean(current.T, kept.T).T)
-
-    def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
-        """The entry itself where it is kept."""
-        return torch.where(self.kept[place], column, self.inner.value(place, column))

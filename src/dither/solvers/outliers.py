@@ -98,9 +98,7 @@ def iqr_ratio(spreads: Sequence[Spread], fraction: float) -> float:
     """
     total = sum(spread.count for spread in spreads)
     if not total or not 0 <= fraction < 0.5:
-        raise InputError(
-            f"outliers by interquartile range: expected weights and a fraction in [0, 0.5), got {fraction}"
-        )
+        raise InputError(f"outliers of {total} weights: expected a fraction from 0 to below 0.5, got {fraction}")
     low, high = 0.0, 1.0
 
     def few(ratio: float) -> bool:

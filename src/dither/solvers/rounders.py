@@ -1,0 +1,156 @@
+"""What a sweep over columns asks of a format: the value of each column, and a grid for each group of columns."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dither.formats.codebook import Codebook
+from dither.formats.grid import Grid, decode, encode, group_size
+from dither.formats.second_level import SecondLevel
+from dither.formats.spec import QuantSpec
+from dither.solvers.outliers import filled_with_mean
+
+GroupFit = Callable[[Float[Tensor, "o g"], Int[Tensor, " g"]], Grid | Codebook]
+
+
+@runtime_checkable
+class Rounder(Protocol):
+    """What the sweep asks of a format; places count columns in the order of the sweep."""
+
+    @property
+    def size(self) -> int:
+        """Columns of a group."""
+
+    def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
+        """A group begins at place `start`; `current` are its columns with all compensation so far."""
+
+    def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
+        """What a column becomes."""
+
+
+def on_grid(grid: Grid | Codebook, weight: Float[Tensor, "o k"], order: Int[Tensor, " n"]) -> Rounder:
+    """The rounder of a grid that is fitted already, for a sweep over `order` in the weight's dtype."""
+    if isinstance(grid, Codebook):
+        levels, scale = grid.levels.to(weight), grid.scale.to(weight)
+        return _OnCodebook(len(order), replace(grid, levels=levels, scale=scale), order)
+    cells = (part.to(weight).expand(weight.shape[0], len(order)).T.contiguous() for part in grid.cells(order))
+    return _OnUniform(len(order), grid.spec, *cells)
+
+
+@dataclass(frozen=True)
+class _OnUniform:
+    """A uniform grid fitted beforehand; scale and zero-point of a place are contiguous."""
+
+    size: int
+    spec: QuantSpec
+    scale: Float[Tensor, "n o"]
+    zero_point: Float[Tensor, "n o"]
+
+    def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
+        """Nothing depends on the group."""
+
+    def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
+        """Nearest on the grid."""
+        cell = self.scale[place], self.zero_point[place]
+        return decode(encode(column, *cell, self.spec), *cell)
+
+
+@dataclass(frozen=True)
+class _OnCodebook:
+    """A codebook fitted beforehand."""
+
+    size: int
+    grid: Codebook
+    order: Int[Tensor, " n"]
+
+    def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
+        """Nothing depends on the group."""
+
+    def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
+        """The nearest level."""
+        return self.grid.round(column[:, None], self.order[place : place + 1])[:, 0]
+
+
+@dataclass(frozen=True)
+class OnTheWay:
+    """One grid a group, fitted to what the group's columns have become when the sweep enters it."""
+
+    order: Int[Tensor, " n"]
+    size: int
+    fit: GroupFit
+    grids: list[Grid | Codebook]
+
+    @classmethod
+    def of(cls, spec: QuantSpec, order: Int[Tensor, " n"], fit: GroupFit) -> "OnTheWay":
+        """For the groups of a format along the inputs; without groups all columns are one.
+
+        Raises:
+            ShapeError: the group size does not divide.
+        """
+        return cls(order, group_size(spec, len(order)), fit, [])
+
+    def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
+        """Fit the grid of the group."""
+        self.grids.append(self.fit(current.T, self.order[start : start + current.shape[0]]))
+
+    def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
+        """Nearest on the group's grid."""
+        return self.grids[-1].round(column[:, None], slice(0, 1))[:, 0]
+
+    def grid(self, spec: QuantSpec) -> Grid | Codebook:
+        """All groups as one grid of the whole matrix."""
+        column_of = torch.empty_like(self.order)
+        column_of[self.order] = torch.arange(len(self.order), device=column_of.device) // self.size
+        return side_by_side(self.grids, spec, column_of if spec.granularity == "group" else None)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Another rounder, except for entries that stay as they are."""
+
+    inner: Rounder
+    kept: Bool[Tensor, "n o"]
+
+    @classmethod
+    def of(cls, inner: Rounder, kept: Bool[Tensor, "o n"], order: Int[Tensor, " n"]) -> "Keeping":
+        """With a mask in the order of the weight's columns."""
+        return cls(inner, kept[:, order].T.contiguous())
+
+    @property
+    def size(self) -> int:
+        """Columns of a group."""
+        return self.inner.size
+
+    def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
+        """Kept entries must not stretch the grid of the others."""
+        kept = self.kept[start : start + current.shape[0]]
+        self.inner.enter(start, filled_with_mean(current.T, kept.T).T)
+
+    def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
+        """The entry itself where it is kept."""
+        return torch.where(self.kept[place], column, self.inner.value(place, column))
+
+
+def side_by_side(
+    grids: Sequence[Grid | Codebook], spec: QuantSpec, column_of: Int[Tensor, " i"] | None
+) -> Grid | Codebook:
+    """Grids of one cell a row as one grid, whose column c uses grid `column_of[c]`."""
+    scale = torch.cat([grid.scale for grid in grids], dim=1)
+    scale_codes = _joined([grid.scale_codes for grid in grids])
+    if isinstance(grids[0], Codebook):
+        levels = [grid.levels for grid in grids if isinstance(grid, Codebook)]
+        table = torch.cat(levels, dim=1) if spec.kind == "nuq" else levels[0]
+        return Codebook(spec, table, scale, None, column_of, scale_codes)
+    uniform = [grid for grid in grids if isinstance(grid, Grid)]
+    zero_point = torch.cat([grid.zero_point for grid in uniform], dim=1)
+    zero_point_codes = _joined([grid.zero_point_codes for grid in uniform])
+    return Grid(spec, scale, zero_point, None, column_of, scale_codes, zero_point_codes)
+
+
+def _joined(parts: Sequence[SecondLevel | None]) -> SecondLevel | None:
+    present = [part for part in parts if part is not None]
+    return SecondLevel.joined(present) if present else None
