@@ -6,18 +6,22 @@ from dither.errors import InputError, nearest
 from dither.methods.base import Method
 from dither.methods.erq import ERQ
 from dither.methods.gptq import GPTQ
+from dither.methods.lorc import LoRC
+from dither.methods.qera import QERA
 from dither.methods.repq import RepQ
 from dither.methods.rtn import RTN
 
-__all__ = ["ERQ", "GPTQ", "METHODS", "PRESETS", "RTN", "Method", "RepQ", "method_class", "preset"]
+__all__ = ["ERQ", "GPTQ", "METHODS", "PRESETS", "QERA", "RTN", "LoRC", "Method", "RepQ", "method_class", "preset"]
 
-METHODS: dict[str, type[Method]] = {"rtn": RTN, "gptq": GPTQ, "repq": RepQ, "erq": ERQ}
+METHODS: dict[str, type[Method]] = {"rtn": RTN, "gptq": GPTQ, "repq": RepQ, "erq": ERQ, "qera": QERA, "lorc": LoRC}
 
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "repq-gptq": ("gptq", {"reparameterize": True}),
     "erq-v1": ("erq", {"dual": False, "rounding": "halves", "inputs": "fp", "range_by": "weight"}),
     "erq-v2": ("erq", {"dual": True, "rounding": "halves", "inputs": "fp", "range_by": "weight"}),
+    "qera-approx": ("qera", {"scale": "approx"}),
+    "lqer": ("qera", {"scale": "lqer"}),
 }
 
 

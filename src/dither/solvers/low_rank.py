@@ -10,12 +10,28 @@ Departs from the papers: no root of R is inverted, so a singular R (few calibrat
 both factors have equal norms (LoRC gives each the root of the singular values, QERA gives one all of them).
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dither.errors import NonFiniteError, ShapeError
 from dither.formats.low_rank import FactorType, LowRank
+from dither.formats.qtensor import QTensor
+
+
+def corrected(
+    stored: QTensor,
+    weight: Float[Tensor, "o i"],
+    rank: int,
+    second_moment: Float[Tensor, "..."] | None,
+    dtype: FactorType = "float16",
+) -> QTensor:
+    """A stored weight with the best correction towards the true one; arguments and errors of `reconstruct_error`."""
+    bare = replace(stored, low_rank=None)
+    error = weight.double() - bare.dequantize(torch.float64)
+    return replace(stored, low_rank=reconstruct_error(error, rank, second_moment, dtype))
 
 
 def reconstruct_error(
