@@ -1,0 +1,206 @@
+"""Every weight method on a language model, at several bits, over several calibration draws, beside other tools.
+
+    python benchmarks/llm_methods.py --model FOLDER --calibration valid.txt --evaluation test.txt [--device cuda]
+
+Perplexity is over windows of the evaluation text that do not overlap; all linear layers of the blocks are quantized,
+weights only. Runs are added to docs/results/llm_methods.json as they end, and those that are there are skipped; .md and
+.svg show them with the rows of llm_peers.json that were made on the same data.
+
+    python benchmarks/llm_methods.py --merge A.json B.json --out docs/results/llm_methods
+
+puts runs that were made apart into one table.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from llm_report import DATA, peer_runs, plot, rows, table
+from process_cost import Cost
+from torch import multiprocessing
+
+UNIFORM = "int{bits}:g64:asym:minmax"
+METHODS = {  # label: method, weight format, bits it is run at (None: all that are asked for)
+    "rtn": ("rtn", UNIFORM, None),
+    "rtn, symmetric": ("rtn", "int{bits}:g64:sym:minmax", None),
+    "rtn, least squares": ("rtn", "int{bits}:g64:asym:mse", None),
+    "nf4": ("rtn", "nf4:g64", (4,)),
+    "gptq": ("gptq", UNIFORM, None),
+    "gptq, symmetric": ("gptq", "int{bits}:g64:sym:minmax", None),
+    "gptq, least squares": ("gptq", "int{bits}:g64:asym:mse", None),
+    "awq": ("awq", UNIFORM, None),
+    "hqq": ("hqq", "int{bits}:g64:asym:minmax:realzero", None),
+    "adadim": ("adadim", UNIFORM, None),
+    "oac": ("oac", UNIFORM, None),
+    "signround": ("signround", UNIFORM, None),
+    "gwq": ("gwq", UNIFORM, None),
+    "qera": ("qera", UNIFORM, None),
+    "lorc": ("lorc", UNIFORM, None),
+    "squeezellm": ("squeezellm", "nuq{bits}:channel", (4, 3)),
+    "spqr": ("spqr", "int{bits}:g16:asym:tight:realzero:s3.16", (4, 3, 2)),
+    "billm": ("billm", "", (1,)),
+}
+FACTS = (*DATA, "calibration", "evaluation", "device", "torch", "fp_perplexity", "parameters")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--calibration")
+    parser.add_argument("--evaluation")
+    parser.add_argument("--merge", nargs="+", type=Path, help="results of earlier calls, instead of running")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="labels, or LABEL=METHOD@FORMAT")
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], help="for formats that leave them open")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
+    parser.add_argument("--windows", type=int, default=0, help="evaluation windows; 0 for all")
+    parser.add_argument("--window-length", type=int, default=1024)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="one seed, 64 calibration and 16 evaluation windows")
+    parser.add_argument("--peers", type=Path, default=Path("docs/results/llm_peers.json"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/llm_methods"))
+    given = parser.parse_args()
+    if not given.merge and not (given.model and given.calibration and given.evaluation):
+        parser.error("give --model, --calibration and --evaluation, or --merge")
+    if given.quick:
+        given.seeds, given.samples, given.windows = 1, 64, 16
+    return given
+
+
+def jobs(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What to run, the cheap first seed of everything before the second of anything."""
+    for seed in range(given.seeds):
+        for bits in given.bits:
+            for text in given.methods:
+                label, equals, rest = text.partition("=")
+                method, _, weights = rest.partition("@")
+                only = None
+                if not equals:
+                    method, weights, only = METHODS[label]
+                if (only is None or bits in only) and (
+                    "{bits}" in weights or only is not None or bits == given.bits[0]
+                ):
+                    yield {"label": label, "method": method, "weights": weights.format(bits=bits), "seed": seed}
+
+
+class Bench:
+    """Full precision measured once, then one quantization a process, so that memory is each run's own."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        from dither.data.text import open_text
+        from dither.models.network import open_network
+
+        self.given = given
+        network = open_network(given.model, given.device)
+        text = open_text(given.evaluation)
+        self.windows = text.windows(network.tokenizer, given.window_length, given.windows or None)
+        self.parameters = sum(p.numel() for p in network.model.parameters())
+        self.fp_perplexity = self.perplexity(network.model)
+
+    def perplexity(self, model: torch.nn.Module) -> float:
+        from dither.evaluation.language import answer
+
+        return answer(model, self.windows).perplexity
+
+    def facts(self) -> dict[str, Any]:
+        given, cuda = self.given, self.given.device.startswith("cuda")
+        return {
+            "model": Path(given.model).resolve().name,
+            "windows": given.windows,
+            "window_length": given.window_length,
+            "samples": given.samples,
+            "length": given.length,
+            "calibration": Path(given.calibration).name,
+            "evaluation": Path(given.evaluation).name,
+            "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
+            "torch": torch.__version__,
+            "fp_perplexity": self.fp_perplexity,
+            "parameters": self.parameters,
+        }
+
+
+def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
+    """One quantization and what it costs; memory on the CPU is that above one float32 copy of the model."""
+    import transformers.models.auto.modeling_auto  # noqa: F401  libraries are loaded before memory is first read
+
+    import dither
+    from dither.errors import DitherError
+    from dither.nn.linear import cache_weights
+    from dither.recipe import parse_method
+
+    given, cuda = bench.given, bench.given.device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    cost = Cost()
+    try:
+        method = parse_method(job["method"], {"weights": job["weights"]} if job["weights"] else {})
+        result = dither.quantize(
+            given.model, method, given.calibration,
+            count=given.samples, length=given.length, seed=job["seed"], device=given.device,
+        )  # fmt: skip
+    except (DitherError, torch.OutOfMemoryError) as error:
+        return job | {"error": str(error)}
+    used = cost.facts()
+    peak = torch.cuda.max_memory_allocated() if cuda else used["peak_bytes"]
+    cache_weights(result.network.model)
+    perplexity = bench.perplexity(result.network.model)
+    return job | used | {
+        "peak_bytes": peak - 4 * bench.parameters,
+        "bits_per_weight": result.report.data["totals"]["bits_per_weight"],
+        "perplexity": perplexity if math.isfinite(perplexity) else None,
+    }  # fmt: skip
+
+
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    path = given.out.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bench = Bench(given)
+    found: dict[str, Any] = {"facts": bench.facts(), "runs": []}
+    if path.exists():
+        found["runs"] = checked([json.loads(path.read_text()), found])[0]
+    for job in jobs(given):
+        if any(all(one.get(key) == value for key, value in job.items()) for one in found["runs"]):
+            continue
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            one = pool.apply(run, (bench, job))
+        print(json.dumps(one), flush=True)
+        if "error" not in one:
+            found["runs"].append(one)
+            path.write_text(json.dumps(found, indent=1) + "\n")  # a killed call keeps these
+    return found
+
+
+def checked(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Runs of several results; the facts that describe them must agree."""
+    facts = [{key: one["facts"][key] for key in FACTS} for one in results]
+    for one in facts:
+        other = {key for key in FACTS if one[key] != facts[0][key] and key != "fp_perplexity"}
+        if other:
+            raise SystemExit(f"these results differ in {sorted(other)}; give another --out")
+    return [run for one in results for run in one["runs"]], facts[0]
+
+
+def main() -> None:
+    given = arguments()
+    if given.merge:
+        runs, facts = checked([json.loads(path.read_text()) for path in given.merge])
+        given.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "runs": runs}, indent=1) + "\n")
+    else:
+        found = measure(given)
+        runs, facts = found["runs"], found["facts"]
+    if not runs:
+        sys.exit("nothing was measured")
+    made = rows([*runs, *peer_runs(given.peers, facts)])
+    given.out.with_suffix(".md").write_text(table(made, facts))
+    given.out.with_suffix(".svg").write_text(plot(made, facts) + "\n")
+    print(table(made, facts))
+
+
+if __name__ == "__main__":
+    main()
