@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from dither.export.registration import register_when_imported
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dither.comparison import compare
     from dither.data import ImageSet, open_images
     from dither.errors import DitherError
@@ -63,6 +65,7 @@ __all__ = [
     "Result",
     "compare",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "open_images",
@@ -70,6 +73,16 @@ __all__ = [
     "quantize",
     "save",
 ]
+
+
+def export(result: "Result | str | Path", to: str, output: "str | Path", **options: Any) -> dict[str, Any]:
+    """Write a result, or the folder that one was saved in, for another runtime: `dither.export.export.export`.
+
+    Named like the package that it comes from, so it cannot be loaded when first used as the other names are.
+    """
+    from dither.export.export import export as write
+
+    return write(result, to, output, **options)
 
 
 def __getattr__(name: str) -> Any:

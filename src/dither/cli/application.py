@@ -8,6 +8,7 @@ import typer
 from dither.cli.compare import compare
 from dither.cli.demo import demo
 from dither.cli.evaluate import evaluate
+from dither.cli.export import export
 from dither.cli.inspect import inspect
 from dither.cli.methods import methods
 from dither.cli.quantize import quantize
@@ -40,7 +41,7 @@ def _dither(
     """
 
 
-for command in (demo, quantize, evaluate, compare, inspect, methods):
+for command in (demo, quantize, export, evaluate, compare, inspect, methods):
     app.command()(command)
 
 

@@ -1,0 +1,63 @@
+"""dequantized: the values that the codes stand for as plain 16-bit weights, which any program opens. Nothing is small.
+
+Whatever dither stores can be exported so: codebooks, outliers, low-rank terms and grids that no other format has.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dither.export.folder import (
+    Tensors,
+    cast,
+    check_tensors,
+    checkpoint_names,
+    chosen_dtype,
+    write_config,
+    write_folder,
+)
+from dither.export.source import Source, skeleton
+from dither.export.written import Written, value_bound
+
+
+def write(source: Source, folder: Path, dtype: str) -> Written:
+    """Write the folder.
+
+    Raises:
+        InputError: the architecture has no place for a tensor, or a value does not fit.
+    """
+    model, kind = skeleton(source), chosen_dtype(source, dtype)
+    check_tensors(source, model)
+    own = [name for name, _ in source.kept()] + [f"{name}.weight" for name in source.layers]
+    names = checkpoint_names(model, own)
+    notes = ["the weights take 16 bits again; activations are no longer quantized"]
+    if len(names) < len(own):
+        notes.append("experts are stored as this transformers names them; older ones may not find them")
+    names = {name: names.get(name, name) for name in own}
+    files = write_folder(folder, _tensors(source, model, names, kind), source)
+    files.append(write_config(source, folder, kind, None))
+    tensors = Tensors(folder, files)
+
+    def weight(name: str) -> Float[np.ndarray, "o i"]:
+        return np.asarray(tensors[names[f"{name}.weight"]].flatten(1).float())
+
+    def bound(name: str) -> Float[np.ndarray, "o i"]:
+        return value_bound(np.asarray(source.weight(name).dequantize()), kind)
+
+    return Written(
+        files, kind, weight, lambda name: tensors[names[name]], bound, "transformers and what reads its folders", notes
+    )
+
+
+def _tensors(
+    source: Source, model: nn.Module, names: Mapping[str, str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in source.kept():
+        yield names[name], cast(name, tensor, dtype)
+    for name in source.layers:
+        shape = model.get_parameter(f"{name}.weight").shape
+        yield names[f"{name}.weight"], cast(name, source.weight(name).dequantize(), dtype).reshape(shape)

@@ -1,0 +1,138 @@
+"""What is exported: a quantized network, read from its folder or from a result in memory, tensor by tensor."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dither.errors import InputError, PathError, StorageError
+from dither.formats.qtensor import QTensor
+from dither.models.network import CONFIG, WEIGHTS, Network, first_names, read_config
+from dither.models.structure import Structure, describe, read_layout
+from dither.result import Result
+
+INDEX = WEIGHTS + ".index.json"
+_INSIDE = ("packed", "input_quantizer", "attention_operands")  # children of a quantized module that hold its tensors
+
+
+@dataclass(frozen=True)
+class Source:
+    """A quantized network as data: nothing is in memory but what `read` is asked for.
+
+    `config` is config.json without the quantization, `structure` that of `dither.models.structure`, `names` all stored
+    tensors; `folders` are where files beside the tensors (tokenizer, …) may be found, the nearest first.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    structure: Structure
+    names: tuple[str, ...]
+    read: Callable[[str], Tensor]
+    folders: tuple[Path, ...]
+
+    @property
+    def layers(self) -> dict[str, dict[str, Any]]:
+        """The structure's entry of each quantized layer, by module name."""
+        return dict(self.structure["layers"])
+
+    def weight(self, layer: str) -> QTensor:
+        """The stored weight of a quantized layer."""
+        entry, prefix = self.layers[layer], f"{layer}.packed."
+        parts = {name.removeprefix(prefix): self.read(name) for name in self.names if name.startswith(prefix)}
+        return QTensor.unpack(parts, read_layout(entry))
+
+    def kept(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of everything that is not part of a quantizer, biases of quantized layers included."""
+        for name in self.names:
+            if not any(f".{part}." in name for part in _INSIDE):
+                yield name, self.read(name)
+
+
+def open_source(result: Result | str | Path) -> Source:
+    """A network to export from a result, or from the folder that one was saved in.
+
+    Raises:
+        PathError, InputError: there is no such folder, or dither did not write it.
+        StorageError: it cannot be read.
+    """
+    if isinstance(result, Result):
+        return _from_network(result.network)
+    folder = Path(result)
+    config = read_config(folder)
+    structure = config.pop("quantization_config", {})
+    if structure.get("quant_method") != "dither":
+        raise InputError(f"{str(folder)!r} was not written by dither quantize: its config.json does not name dither")
+    places = _index(folder)
+    origin = _origin(folder)
+    folders = (folder,) if origin is None else (folder, origin)
+    return Source(
+        folder.resolve().name, config, structure, tuple(places), lambda name: _read(places[name], name), folders
+    )
+
+
+def _from_network(network: Network) -> Source:
+    model = network.model
+    first = first_names(model)
+    state = {name: x.detach() for name, x in model.state_dict().items() if first[name] == name}
+    config = {key: value for key, value in network.config.items() if key != "quantization_config"}
+    if "model_type" in config:
+        config["architectures"] = [type(model).__name__]
+    folders = () if network.source is None else (network.source,)
+    return Source(network.name, config, describe(model), tuple(state), lambda name: state[name].cpu(), folders)
+
+
+def _index(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor."""
+    try:
+        if (folder / INDEX).is_file():
+            listed = json.loads((folder / INDEX).read_text())["weight_map"]
+            return {str(name): folder / Path(str(file)).name for name, file in listed.items()}
+        if not (folder / WEIGHTS).is_file():
+            raise PathError(f"{str(folder)!r} holds no {WEIGHTS}")
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return dict.fromkeys(file.keys(), folder / WEIGHTS)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, PathError):
+            raise
+        raise StorageError(f"the tensors of {str(folder)!r} cannot be read: {error}") from None
+
+
+def _read(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{name} cannot be read from {str(path)!r}: {error}") from None
+
+
+def _origin(folder: Path) -> Path | None:
+    """The folder that the network was made from, if the report names one that is still there."""
+    try:
+        place = json.loads((folder / "report.json").read_text())["model"]["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Path(place) if isinstance(place, str) and (Path(place) / CONFIG).is_file() else None
+
+
+def skeleton(source: Source) -> nn.Module:
+    """The architecture of the network in full precision, without memory for its weights.
+
+    Raises:
+        InputError: it is not an architecture of transformers.
+    """
+    import torch
+    import transformers
+
+    named = [getattr(transformers, name, None) for name in source.config.get("architectures") or []]
+    kind = next((kind for kind in named if kind is not None), None)
+    if kind is None or "model_type" not in source.config:
+        raise InputError(f"{source.name} is no architecture of transformers; exports need one")
+    config = kind.config_class.from_dict(dict(source.config))
+    with torch.device("meta"):
+        model: nn.Module = kind(config)
+    return model.eval()
