@@ -10,10 +10,32 @@ from dither.methods.lorc import LoRC
 from dither.methods.qera import QERA
 from dither.methods.repq import RepQ
 from dither.methods.rtn import RTN
+from dither.methods.spqr import SpQR
 
-__all__ = ["ERQ", "GPTQ", "METHODS", "PRESETS", "QERA", "RTN", "LoRC", "Method", "RepQ", "method_class", "preset"]
+__all__ = [
+    "ERQ",
+    "GPTQ",
+    "METHODS",
+    "PRESETS",
+    "QERA",
+    "RTN",
+    "LoRC",
+    "Method",
+    "RepQ",
+    "SpQR",
+    "method_class",
+    "preset",
+]
 
-METHODS: dict[str, type[Method]] = {"rtn": RTN, "gptq": GPTQ, "repq": RepQ, "erq": ERQ, "qera": QERA, "lorc": LoRC}
+METHODS: dict[str, type[Method]] = {
+    "rtn": RTN,
+    "gptq": GPTQ,
+    "repq": RepQ,
+    "erq": ERQ,
+    "qera": QERA,
+    "lorc": LoRC,
+    "spqr": SpQR,
+}
 
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -22,6 +44,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "erq-v2": ("erq", {"dual": True, "rounding": "halves", "inputs": "fp", "range_by": "weight"}),
     "qera-approx": ("qera", {"scale": "approx"}),
     "lqer": ("qera", {"scale": "lqer"}),
+    "spqr-3bit": ("spqr", {"weights": "int3:g8:asym:tight:realzero:s3.64", "threshold": 0.6}),
 }
 
 
