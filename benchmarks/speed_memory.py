@@ -18,7 +18,7 @@ METHODS = ("gptq", "rtn", "repq", "repq-gptq", "erq-v1", "erq-v2", "erq")
 CHILD = """
 import json, sys, torch, dither
 from dither.data import open_images
-from dither.pipeline import peak_rss
+from dither.run import peak_rss
 model, calibration, method, device = sys.argv[1:]
 import transformers.models.vit.modeling_vit
 before = peak_rss()

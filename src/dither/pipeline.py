@@ -4,7 +4,6 @@ import copy
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,24 +12,22 @@ import torch
 from torch import nn
 
 from dither.data import DataSet, open_data
-from dither.data.calibration import LENGTH, Calibration, prepare_calibration
-from dither.engine.local import InProcess, ProcessPool, engine
+from dither.data.calibration import LENGTH, prepare_calibration
+from dither.engine.local import ProcessPool, engine
+from dither.errors import InputError
 from dither.evaluation.exam import Exam, open_exam, refuse_overlap
 from dither.methods.base import Method
-from dither.models.anatomy import Anatomy, Unit, read_anatomy
-from dither.models.coverage import coverage
 from dither.models.network import Network, load_into, open_network
-from dither.models.selection import matching, without
+from dither.models.streaming import exceeds_memory
 from dither.nn.linear import cache_weights
-from dither.plan import SPILL_BUDGET, check_formats, make_plan
+from dither.planning import SPILL_BUDGET
 from dither.provenance import model_sha256, provenance
 from dither.recipe import parse_method, resolved
 from dither.result import Report, Result
+from dither.run import Progress, Run
 from dither.unfinished import Unfinished, check_output
-from dither.walk import Block, LayerRecord, walk
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]  # (what, units or pictures done, in all)
 
 
 def quantize(
@@ -46,6 +43,7 @@ def quantize(
     batch_size: int = 32,
     device: str | torch.device | None = None,
     workers: int = 1,
+    stream: bool | None = None,
     spill_budget: int = SPILL_BUDGET,
     evaluation: str | Path | DataSet | None = None,
     evaluate_count: int | None = None,
@@ -57,14 +55,18 @@ def quantize(
     pictures, or sequences of `length` tokens, are drawn from it by `seed`. With `output`, finished units are written
     at once, so that `resume` goes on after an interruption, and the result is saved there. `evaluation` data (or
     `evaluate_count` of them) compare the result with the full-precision model once it is saved; the report then says
-    how they differ.
+    how they differ. `stream` reads a folder block by block, for models larger than memory; None does it where the
+    whole would take more than half of the memory.
     """
     started = perf_counter()
     if output is not None:
         check_output(Path(output), resume)
-    run, seen = _begin(model, method, calibration, count, seed, batch_size, device, length)
+    elif stream:
+        raise InputError("a model that is read block by block needs an output, which its finished units are written to")
+    stream = False if output is None else stream
+    run, seen = _begin(model, method, calibration, count, seed, batch_size, device, length, stream)
     run.progress, network = progress, run.network
-    facts = provenance(model_sha256(network.model), run.data, seed, network.device)
+    facts = provenance(model_sha256(network.tensors()), run.data, seed, network.device)
     exam = None if evaluation is None else _prepare(network, evaluation, evaluate_count, seen, progress)
     if output is not None:
         run.unfinished = Unfinished(Path(output), _fingerprint(facts, run.method), resume)
@@ -73,6 +75,7 @@ def quantize(
     result = Result(network, run.method, Report(run.report(facts, perf_counter() - started)))
     if run.unfinished is not None and output is not None:
         result._write(Path(output))
+        network.saved(Path(output))
         run.unfinished.remove()
     if exam is not None:
         result.evaluate(exam, None if output is None else Path(output), _counting(progress, "quantized", exam))
@@ -111,15 +114,15 @@ def plan(
     length: int | None = None,
     batch_size: int = 32,
     device: str | torch.device | None = None,
+    stream: bool | None = None,
 ) -> dict[str, Any]:
     """What `quantize` would do with the same arguments: layers, sizes, kept layers and why, memory and time.
 
     Nothing is written; whatever is wrong with the model, the recipe or the pictures is found here.
     """
-    run, _ = _begin(model, method, calibration, count, seed, batch_size, device, length)
-    model_sha256(run.network.model)  # refuses NaN
-    made = make_plan(run.network.model, run.anatomy, run.method, run.network.run, run.data.batches)
-    return made | {"original_bytes": run.original_bytes}
+    run, _ = _begin(model, method, calibration, count, seed, batch_size, device, length, stream)
+    model_sha256(run.network.tensors())  # refuses NaN
+    return run.plan()
 
 
 def _begin(
@@ -130,19 +133,18 @@ def _begin(
     seed: int,
     batch_size: int,
     device: str | torch.device | None,
-    length: int | None = None,
-) -> tuple["_Run", Any]:
+    length: int | None,
+    stream: bool | None,
+) -> tuple[Run, Any]:
     """The run before its first unit, and the calibration data as a set where they are one."""
     method = parse_method(method, {}) if isinstance(method, str) else method
     source = open_data(calibration) if isinstance(calibration, str | Path) else calibration
-    network = open_network(model, device or _device_of(model))
-    if isinstance(model, nn.Module):
-        network.model = copy.deepcopy(network.model).eval()
+    network = _open(model, device, stream)
     data = prepare_calibration(
         source, network.processor, network.channels, count, seed, batch_size, network.device, network.tokenizer,
         min(LENGTH, network.context) if length is None else length,
     )  # fmt: skip
-    return _Run(network, method, data), source
+    return Run(network, method, data), source
 
 
 def load(
@@ -166,10 +168,23 @@ def save(result: Result, folder: str | Path) -> None:
     result.save(folder)
 
 
-def _device_of(model: str | Path | nn.Module) -> torch.device:
+def _open(model: str | Path | nn.Module, device: str | torch.device | None, stream: bool | None) -> Network:
+    """The network to quantize: a module's copy, or a folder's model, whole or block by block."""
     if isinstance(model, nn.Module):
-        return next((p.device for p in model.parameters()), torch.device("cpu"))
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if stream:
+            raise InputError("a module in memory cannot be read block by block; give the folder of its weights")
+        network = open_network(model)
+        network.model = copy.deepcopy(model).eval().to(device)
+        return network
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if stream or (stream is None and exceeds_memory(Path(model), place)):
+        try:
+            return open_network(model, place, stream=True)
+        except InputError as error:
+            if stream:
+                raise
+            logger.warning("%s; all of it is read into memory", error)
+    return open_network(model, place)
 
 
 def _fingerprint(facts: dict[str, Any], method: Method) -> dict[str, Any]:
@@ -202,102 +217,3 @@ def _pool(workers: int):  # type: ignore[no-untyped-def]
             yield pool
     else:
         yield pool
-
-
-class _Run:
-    """One quantization in progress: what has been recorded so far."""
-
-    def __init__(self, network: Network, method: Method, data: Calibration) -> None:
-        self.network, self.method, self.data = network, method, data
-        self.unfinished: Unfinished | None = None
-        self.progress: Progress | None = None
-        self.original_bytes = network.stored_bytes
-        self.parameters = sum(p.numel() for p in network.model.parameters())
-        self.records: list[LayerRecord] = []
-        self.operands: list[dict[str, Any]] = []
-        self.remarks: dict[str, str] = {}
-        self.done = 0
-        self.anatomy = self._read()
-
-    def _read(self) -> Anatomy:
-        anatomy = without(
-            read_anatomy(self.network.model, lambda: self.network.run(self.data.batches[0])), self.method.skip
-        )
-        for pattern in self.method.overrides:
-            matching(pattern, anatomy.layers)
-        check_formats(self.network.model, anatomy, self.method)
-        return anatomy
-
-    def walk(self, pool: InProcess | ProcessPool, spill_budget: int) -> None:
-        blocks = walk(
-            self.network.model, self.anatomy, self.network.run, self.data.batches, self.method.inputs, spill_budget,
-            self._restore, self._finish,
-        )  # fmt: skip
-        try:
-            self.method.run(blocks, pool)
-        finally:
-            blocks.close()  # type: ignore[attr-defined]
-
-    def _restore(self, unit: Unit) -> bool:
-        kept = None if self.unfinished is None else self.unfinished.restore(self.network.model, unit)
-        if kept is None:
-            return False
-        self._take(unit.name, kept["records"], kept["operands"], kept["remarks"])
-        return True
-
-    def _finish(self, block: Block) -> None:
-        if self.unfinished is not None:
-            self.unfinished.write(block)
-        for record in block.records:
-            logger.info("%s: output error %s in %.2f s", record.name, record.output_error, record.time_s)
-        self._take(block.unit.name, block.records, block.operand_records, block.remarks)
-
-    def _take(
-        self, unit: str, records: list[LayerRecord], operands: list[dict[str, Any]], remarks: dict[str, str]
-    ) -> None:
-        self.records += records
-        self.operands += operands
-        self.remarks |= remarks
-        self.done += 1
-        if self.progress is not None:
-            self.progress(unit, self.done, len(self.anatomy.units))
-
-    def report(self, facts: dict[str, Any], time_s: float) -> dict[str, Any]:
-        """The report data of kind `quantize`."""
-        weights = sum(record.shape[0] * record.shape[1] for record in self.records)
-        stored = sum(record.nbytes for record in self.records)
-        state = self.network.model.state_dict().values()
-        return {
-            "schema": 1,
-            "kind": "quantize",
-            "model": {
-                "name": self.network.name,
-                "class": type(self.network.model).__name__,
-                "parameters": self.parameters,
-                "source": self.network.name if self.network.source is None else str(self.network.source),
-            },
-            "recipe": resolved(self.method),
-            "provenance": facts,
-            "totals": {
-                "parameters": self.parameters,
-                "quantized_parameters": weights,
-                "bits_per_weight": 8 * stored / weights if weights else 0.0,
-                "size_bytes": sum(x.numel() * x.element_size() for x in state),
-                "original_bytes": self.original_bytes,
-                "time_s": time_s,
-                "peak_rss_bytes": peak_rss(),
-            },
-            "layers": [asdict(record) for record in self.records],
-            "operands": self.operands,
-            "coverage": coverage(self.network.model, self.anatomy.kept, self.remarks),
-            "evaluation": None,
-        }
-
-
-def peak_rss() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB

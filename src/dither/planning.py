@@ -1,7 +1,9 @@
 """The plan of a run before hours are spent: what is stored how, how large, how much memory, and what cannot work."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -12,8 +14,9 @@ from dither.errors import ShapeError, SpecError
 from dither.formats.layout import Layout
 from dither.formats.spec import QuantSpec
 from dither.methods.base import Method
-from dither.models.anatomy import Anatomy
+from dither.models.anatomy import Anatomy, block_names
 from dither.models.layers import has_gram, is_layer
+from dither.models.network import Network
 
 SPILL_BUDGET = 2**30  # bytes of activations that stay in memory, unless the caller says otherwise
 _PASSES = 20  # measured on ViTs: links, ranges, searches, Grams and errors cost this many forward passes
@@ -39,21 +42,22 @@ def check_formats(model: nn.Module, anatomy: Anatomy, method: Method) -> None:
             Layout(spec, _matrix_shape(model, name)).tensors()
         except ShapeError as error:
             raise ShapeError(f"{name}: {error}") from None
-    for field in ("activations", "attention", "probabilities", "entry_activations"):
-        spec = getattr(method, field)
+    for name in ("activations", "attention", "probabilities", "entry_activations"):
+        spec = getattr(method, name)
+        if isinstance(spec, QuantSpec) and not spec.for_activations:
+            raise SpecError(f"{field} {spec}: this is a format of weights; write int{spec.bits}:tensor")
         if isinstance(spec, QuantSpec) and spec.granularity in ("group", "channel"):
             raise SpecError(
-                f"{field} {spec}: activations have one range a tensor or a token; write int{spec.bits}:tensor"
+                f"{name} {spec}: activations have one range a tensor or a token; write int{spec.bits}:tensor"
             )
 
 
 def _refusal(name: str, spec: QuantSpec, method: Method) -> str:
     if spec.kind == "nuq":
         return f"{name}: {spec} needs a method that fits a codebook, such as squeezellm; {method.name} does not"
-    known = [kind for kind in ("int", "mxint", "nf", "fp", "nuq") if kind in method.kinds]
-    least = {"nf": "nf4", "fp": "fp4"}.get(known[0], f"{known[0]}{spec.bits}") if known else "another method"
-    wanted = "static uniform" if set(known) <= {"int", "mxint"} else f"static ({', '.join(known)})"
-    return f"{name}: weights of {method.name} need a {wanted} format, got {spec}; try {least}"
+    bits = 4 if method.kinds[0] in ("nf", "fp") else spec.bits
+    kinds = ", ".join(method.kinds)
+    return f"{name}: {method.name} stores weights as one of {kinds}, got {spec}; try {method.kinds[0]}{bits}"
 
 
 def _matrix_shape(model: nn.Module, name: str) -> tuple[int, int]:
@@ -63,37 +67,77 @@ def _matrix_shape(model: nn.Module, name: str) -> tuple[int, int]:
     return layer.weight.shape[0], layer.weight[0].numel()
 
 
-def make_plan(model: nn.Module, anatomy: Anatomy, method: Method, run: Any, batches: Any) -> dict[str, Any]:
-    """Layers with their formats and exact stored bytes, totals, and estimates of memory and time.
+@dataclass
+class Sizes:
+    """Bytes of one batch: of a module's inputs and outputs together, and of a layer's input."""
 
-    The sizes are exact. The time is for a method that solves with Grams; the memory is beside Python's and torch's own.
+    around: Counter[str] = field(default_factory=Counter)
+    inputs: Counter[str] = field(default_factory=Counter)
+
+
+@contextmanager
+def sizes_seen(model: nn.Module) -> Iterator[Sizes]:
+    """While open, what passes through blocks and layers is measured."""
+    sizes = Sizes()
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, output: Any) -> None:
+            parts = [*args, *(output if isinstance(output, tuple) else (output,))]
+            sizes.around[name] = sum(x.nbytes for x in parts if isinstance(x, torch.Tensor))
+            sizes.inputs[name] += sum(x.nbytes for x in args[:1] if isinstance(x, torch.Tensor))
+
+        return hook
+
+    names = [*block_names(model), *(name for name, module in model.named_modules() if is_layer(module))]
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield sizes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def memory(network: Network, anatomy: Anatomy, sizes: Sizes, batches: int, spill_budget: int) -> int:
+    """Bytes that a run takes at most, by estimate: a block twice, its Grams, what solving takes, activations."""
+    model = network.model
+    largest = max((_bytes(model.get_submodule(unit.name)) for unit in anatomy.units), default=0)
+    working = max((sum(sizes.inputs[name] for name in unit.layers) for unit in anatomy.units), default=0)
+    between = max((sizes.around[unit.name] for unit in anatomy.units), default=0)
+    kept = network.resident_bytes + 2 * largest
+    return kept + _gram_bytes(model, anatomy) + _COPIES * working + min(between * batches, spill_budget)
+
+
+def _gram_bytes(model: nn.Module, anatomy: Anatomy) -> int:
+    """Of the largest Gram and two factors of it, in float64."""
+    layers = [model.get_submodule(name) for name in anatomy.layers]
+    columns = [layer.weight[0].numel() for layer in layers if is_layer(layer) and has_gram(layer)]
+    return max((3 * 8 * (count + 1) ** 2 for count in columns), default=0)
+
+
+def make_plan(network: Network, anatomy: Anatomy, method: Method, batches: Any) -> dict[str, Any]:
+    """Layers with their formats and exact stored bytes, totals, and an estimate of time.
+
+    The sizes are exact. The time is for a method that solves with Grams.
     """
+    model = network.model
     check_formats(model, anatomy, method)
     rows = [_plan_layer(model, name, method) for name in anatomy.layers]
-    kept = sum(p.numel() * p.element_size() for p in model.parameters())
-    kept -= sum(model.get_parameter(f"{row['name']}.weight").nbytes for row in rows)
-    gram = max((3 * 8 * (row["shape"][1] + 1) ** 2 for row in rows if row["gram"]), default=0)
-    seconds, activations, working = _measure(model, anatomy, run, batches[0])
     original = sum(p.numel() * p.element_size() for p in model.parameters())
+    kept = original - sum(model.get_parameter(f"{row['name']}.weight").nbytes for row in rows)
     size = kept + sum(row["nbytes"] for row in rows)
-    largest = max((_bytes(model.get_submodule(unit.name)) for unit in anatomy.units), default=0)
     return {
         "schema": 1,
         "kind": "plan",
         "method": method.name,
         "units": len(anatomy.units),
+        "streamed": network.weights is not None,
         "layers": rows,
         "kept": dict(anatomy.kept),
         "size_bytes": size,
         "original_bytes": original,
-        "gram_bytes": gram,
-        "memory_bytes": original
-        + 2 * largest
-        + gram
-        + _COPIES * working
-        + min(activations * len(batches), SPILL_BUDGET),
+        "gram_bytes": _gram_bytes(model, anatomy),
         "disk_bytes": 2 * size,  # finished units wait beside the result until it is whole
-        "estimated_time_s": _PASSES * seconds * len(batches) + _solve_seconds(rows),
+        "estimated_time_s": _PASSES * _pass_seconds(network, batches[0]) * len(batches) + _solve_seconds(rows),
     }
 
 
@@ -101,31 +145,14 @@ def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def _measure(model: nn.Module, anatomy: Anatomy, run: Any, batch: Any) -> tuple[float, int, int]:
-    """Seconds of a forward pass; bytes of the largest unit's inputs and outputs; bytes of all inputs inside a unit."""
-    between, inside = dict.fromkeys((unit.name for unit in anatomy.units), 0), Counter[str]()
-
-    def keep(unit: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, output: Any) -> None:
-            parts = [*args, *(output if isinstance(output, tuple) else (output,))]
-            between[unit] = sum(x.nbytes for x in parts if isinstance(x, torch.Tensor))
-
-        return hook
-
-    def count(unit: str) -> Callable[..., None]:
-        return lambda _module, args: inside.update({unit: args[0].nbytes})
-
-    handles = [model.get_submodule(unit.name).register_forward_hook(keep(unit.name)) for unit in anatomy.units]
-    for unit in anatomy.units:
-        handles += [model.get_submodule(name).register_forward_pre_hook(count(unit.name)) for name in unit.layers]
+def _pass_seconds(network: Network, batch: Any) -> float:
+    """Of a forward pass, without the reading of blocks: the walk reads each once for all its passes."""
+    reading = 0.0 if network.weights is None else network.weights.read_s
     start = perf_counter()
-    try:
-        with torch.no_grad():
-            run(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return perf_counter() - start, max(between.values(), default=0), max(inside.values(), default=0)
+    with torch.no_grad():
+        network.run(batch)
+    reading = 0.0 if network.weights is None else network.weights.read_s - reading
+    return perf_counter() - start - reading
 
 
 def _plan_layer(model: nn.Module, name: str, method: Method) -> dict[str, Any]:

@@ -2,28 +2,29 @@
 
 import hashlib
 import platform
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from dither.data.calibration import Calibration
 from dither.errors import NonFiniteError
 
 
-def model_sha256(model: nn.Module) -> str:
-    """A hash over names, types and bytes of all tensors of a model.
+def model_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash over names, types and bytes of all tensors of a model's state.
 
     Raises:
         NonFiniteError: a parameter holds NaN or Inf; the message names it.
     """
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(f"{name} holds NaN or Inf; repair or re-download the model")
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

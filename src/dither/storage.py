@@ -14,21 +14,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from dither.decode import decode
 from dither.errors import StorageError
-from dither.formats.spec import QuantSpec
-from dither.models.network import CONFIG, WEIGHTS, Network, first_names
-from dither.models.structure import describe
+from dither.models.checkpoint import INDEX, WEIGHTS, Checkpoint
+from dither.models.network import CONFIG, Network
+from dither.models.structure import describe, read_layout
 from dither.nn.linear import QuantizedConv2d, QuantizedLinear
 
 BESIDE = (  # what a model's folder holds that quantization does not change
     "preprocessor_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+SHARD_BYTES = 2 * 10**9  # of a file of weights, which is in memory while it is written
+_PRODUCT = 1e-5  # of the largest weight: two libraries may sum a product of two factors in another order
 
 
 @contextmanager
@@ -98,10 +100,10 @@ def write_network(network: Network, folder: Path) -> None:
     elif "model_type" in config:
         config["architectures"] = [type(network.model).__name__]
     config.pop("_name_or_path", None)
-    write_tensors(_unshared(network.model), folder / WEIGHTS, {"format": "pt"})
+    _write_shards(network, folder)
     if network.source is not None:
         copy_beside(network.source, folder)
-    verify(network.model, folder / WEIGHTS, config["quantization_config"])
+    verify(network, folder, config["quantization_config"])
     write_json(config, folder / CONFIG)
 
 
@@ -113,64 +115,47 @@ def copy_beside(source: Path, folder: Path) -> None:
                 shutil.copyfile(source / name, folder / name)
 
 
-def _unshared(model: nn.Module) -> dict[str, Tensor]:
-    """The state without second names of one tensor, which safetensors refuses and loading ties again."""
-    state, first = model.state_dict(), first_names(model)
-    return {name: x for name, x in state.items() if first[name] == name}
+def _write_shards(network: Network, folder: Path) -> None:
+    """`model.safetensors`, or several files and their index where one would be larger than `SHARD_BYTES`."""
+    sizes = network.sizes()
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[held] for held in shards[-1]) + size > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    count = len(shards)
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        write_tensors({name: network.tensor(name) for name in names}, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    if count > 1:
+        write_json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}, folder / INDEX)
 
 
-def verify(model: nn.Module, path: Path, structure: Mapping[str, Any]) -> None:
-    """Decode every weight of the file with numpy and compare it with the network in memory.
+def verify(network: Network, folder: Path, structure: Mapping[str, Any]) -> None:
+    """Decode every weight of the folder with numpy and compare it with the network, one at a time.
 
     Raises:
         StorageError: a tensor is missing or differs; the message names it.
     """
-    state = _unshared(model)
-    with writing(path), safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        if names != set(state):
-            raise StorageError(f"{str(path)!r} does not hold what was written: {sorted(names ^ set(state))[:3]}")
-        for name in names:
-            if not torch.equal(file.get_tensor(name), state[name].cpu()):
-                raise StorageError(f"{str(path)!r}: tensor {name} was read back different")
-        for name, entry in structure["layers"].items():
-            parts = {
-                key: file.get_tensor(f"{name}.packed.{key}")
-                for key in ("codes", "scale", "zero_point", "column_set")
-                if f"{name}.packed.{key}" in names
-            }
-            layer = model.get_submodule(name)
-            if not isinstance(layer, QuantizedLinear | QuantizedConv2d):
-                raise StorageError(f"{name} is a {type(layer).__name__} in memory, but a quantized layer in the file")
-            expected = layer.packed.qtensor().dequantize().cpu().numpy()
-            if not np.array_equal(decode(parts, QuantSpec(**entry["weights"]), tuple(entry["shape"])), expected):
-                raise StorageError(f"{str(path)!r}: weight {name} decodes to other values than in memory")
-
-
-def decode(parts: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> Float[np.ndarray, "o i"]:
-    """The float32 weight [o, i] of stored parts, from the format's definition alone."""
-    rows, columns = shape
-    codes = _stream(parts["codes"], spec.bits, columns).astype(np.float32)
-    scale = parts["scale"].float().numpy()
-    if spec.symmetry == "unsigned":
-        zero = np.zeros_like(scale)
-    elif spec.symmetry == "sym":
-        zero = np.full_like(scale, 2 ** (spec.bits - 1) if spec.bits > 1 else 0.5)
-    elif parts["zero_point"].dtype == torch.uint8:
-        zero = _stream(parts["zero_point"], spec.bits, scale.shape[1]).astype(np.float32)
-    else:
-        zero = parts["zero_point"].float().numpy()
-    row = np.arange(rows) * scale.shape[0] // rows
-    column = np.arange(columns) * scale.shape[1] // columns
-    if spec.dual:
-        column = _stream(parts["column_set"][None], 1, columns)[0]
-    where = np.ix_(row, column)
-    result: Float[np.ndarray, "o i"] = scale[where] * (codes - zero[where])
-    return result
-
-
-def _stream(packed: Tensor, bits: int, count: int) -> Int[np.ndarray, "r n"]:
-    stream = np.unpackbits(packed.numpy(), axis=1, bitorder="little")[:, : count * bits]
-    weights = (1 << np.arange(bits)).astype(np.int64)
-    values: Int[np.ndarray, "r n"] = stream.reshape(len(packed), count, bits).astype(np.int64) @ weights
-    return values
+    stored, names = Checkpoint.of_folder(folder), set(network.sizes())
+    if set(stored.places) != names:
+        differing = sorted(set(stored.places) ^ names)[:3]
+        raise StorageError(f"{str(folder)!r} does not hold what was written: {differing}")
+    for name in stored.places:
+        if not torch.equal(stored.read(name), network.tensor(name).cpu()):
+            raise StorageError(f"{str(stored.places[name].path)!r}: tensor {name} was read back different")
+    for name, entry in structure["layers"].items():
+        parts = {
+            key: stored.read(f"{name}.packed.{key}")
+            for key in read_layout(entry).tensors()
+            if f"{name}.packed.{key}" in names
+        }
+        layer = network.module(name)
+        if not isinstance(layer, QuantizedLinear | QuantizedConv2d):
+            raise StorageError(f"{name} is a {type(layer).__name__} in memory, but a quantized layer in the file")
+        expected = layer.packed.qtensor().dequantize().cpu().numpy()
+        tolerance = _PRODUCT * float(np.abs(expected).max(initial=0)) if "low_rank" in entry else 0.0
+        if not np.allclose(decode(parts, entry), expected, rtol=0, atol=tolerance):
+            raise StorageError(f"{str(folder)!r}: weight {name} decodes to other values than in memory")

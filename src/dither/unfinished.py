@@ -60,9 +60,12 @@ class Unfinished:
         except (OSError, ValueError) as error:
             raise ResumeError(f"{str(path)!r} cannot be read: {error}; remove the output and start again") from None
 
+    def tensors(self, unit: Unit) -> Path:
+        """The file of a finished unit's tensors, named as in the model's state."""
+        return self.folder / f"{quote(unit.name, safe='')}.safetensors"  # a module's name may hold a slash
+
     def _paths(self, unit: Unit) -> tuple[Path, Path]:
-        name = quote(unit.name, safe="")  # a module's name may hold a slash
-        return self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
+        return self.tensors(unit), self.tensors(unit).with_suffix(".json")
 
     def write(self, block: Block) -> None:
         """Keep a finished block."""

@@ -17,7 +17,7 @@ from dither.errors import InputError, NonFiniteError
 from dither.formats.qtensor import QTensor
 from dither.models.anatomy import Anatomy, Unit
 from dither.models.forward import Stream, suspended_at
-from dither.models.layers import input_rows, is_layer, quantized, weight_matrix
+from dither.models.layers import Layer, given_input, input_rows, is_layer, quantized, weight_matrix
 from dither.models.links import Links, find_links, shared_inputs
 from dither.models.spill import Spill, tensors_in
 from dither.nn.activation import ActivationQuantizer
@@ -78,7 +78,7 @@ class Block:
     remarks: dict[str, str] = field(default_factory=dict)  # module name → what was done to it, or why not
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # layer → extremes of its input
 
-    def layer(self, name: str) -> nn.Linear | nn.Conv2d:
+    def layer(self, name: str) -> Layer:
         """The full-precision layer of a full name."""
         module = self.reference.get_submodule(self.local(name)) if self.local(name) else self.reference
         if not is_layer(module):
@@ -135,10 +135,10 @@ class Block:
         seen: dict[str, list[Tensor]] = {}
 
         def keep(name: str) -> Callable[..., None]:
-            return lambda _module, args: seen.setdefault(name, []).append(args[0])
+            return lambda _module, args, kwargs: seen.setdefault(name, []).append(given_input(args, kwargs))
 
         layers = {name: module.get_submodule(self.local(name)) if self.local(name) else module for name in names}
-        handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+        handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
         try:
             for _ in self.streams[stream].run(module):
                 yield seen
@@ -221,11 +221,13 @@ def walk(
     spill_budget: int = 2**30,
     restore: Callable[[Unit], bool] = lambda unit: False,
     on_done: Callable[[Block], None] = lambda block: None,
+    load: Callable[[str], None] = lambda unit: None,
 ) -> Iterator[Block]:
     """Visit the units of `model`, which is quantized in place.
 
-    `run` calls the model on a batch. `restore` puts a unit's earlier result into the model and says so; such a unit is
-    not yielded. `on_done` gets every finished block. Activations beyond `spill_budget` bytes wait on disk.
+    `run` calls the model on a batch. `load` brings a unit's tensors into memory. `restore` puts a unit's earlier result
+    into the model and says so; such a unit is not yielded. `on_done` gets every finished block. Activations beyond
+    `spill_budget` bytes wait on disk.
     """
     names = _STREAMS[inputs]
     units = {unit.name: unit for unit in anatomy.units}
@@ -236,6 +238,7 @@ def walk(
             for name in names:
                 streams[name] = Stream(run, batches, spill)
             while (current := streams[names[0]].unit) is not None:
+                load(current)
                 yield from _visit(model, anatomy, units[current], streams, restore, on_done)
         finally:
             for stream in streams.values():
@@ -260,6 +263,8 @@ def _visit(
         yield block
         module = block.module
         on_done(block)
+        block.reference = module  # the method still holds the block when the next one is read
+    del reference
     if "quantized" in streams:
         outputs["quantized"] = streams["quantized"].outputs(module)
     for name, stream in streams.items():

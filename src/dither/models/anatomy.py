@@ -60,7 +60,7 @@ def read_anatomy(model: nn.Module, run: Callable[[], object]) -> Anatomy:
     if not names:
         raise InputError(f"{type(model).__name__} has no Linear or Conv2d layer: there is nothing to quantize")
     kept = {name: "never called in the forward pass" for name in names if trace.calls[name] == 0}
-    blocks = [name for name in _block_names(model) if trace.calls[name] > 0]
+    blocks = [name for name in block_names(model) if trace.calls[name] > 0]
     for block in [name for name in blocks if trace.calls[name] > 1]:
         blocks.remove(block)
         reason = f"its block {block} runs {trace.calls[block]} times in one forward pass (shared weights)"
@@ -124,7 +124,7 @@ def _trace(model: nn.Module, run: Callable[[], object]) -> _Trace:
     return trace
 
 
-def _block_names(model: nn.Module) -> list[str]:
+def block_names(model: nn.Module) -> list[str]:
     """Innermost same-class list children that hold a normalization and at least two layers."""
     found = [name for name in _list_children(model) if _is_block(model.get_submodule(name))]
     return [name for name in found if not any(other != name and _inside(other, name) for other in found)]

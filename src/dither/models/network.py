@@ -2,21 +2,25 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dither.data import ImageProcessor, default_processor, load_processor
 from dither.errors import DependencyError, InputError, PathError, StorageError
+from dither.models.checkpoint import WEIGHTS as WEIGHTS  # noqa: PLC0414  # mypy wants the alias to pass a name on
+from dither.models.checkpoint import Checkpoint
+from dither.models.skeleton import fitted, skeleton
+from dither.models.streaming import Streamed, state_tensor
 from dither.models.structure import rebuild
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 _AUTOMATIC = (
     "AutoModelForImageClassification",
@@ -37,6 +41,7 @@ class Network:
     source: Path | None = None
     processor: ImageProcessor | None = None
     tokenizer: Any | None = None
+    weights: Streamed | None = None  # where a model larger than memory has its parts from
 
     def run(self, batch: Any) -> Any:
         """Call the model on a batch: a tensor, a tuple of arguments or a dict of named ones.
@@ -74,24 +79,84 @@ class Network:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the weights where they came from: the folder's files, else the tensors in memory."""
-        files = [] if self.source is None else list(self.source.glob("*.safetensors"))
+        try:
+            return Checkpoint.of_folder(self.source).nbytes if self.source is not None else self.resident_bytes
+        except StorageError:  # other files than safetensors
+            return self.resident_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the parameters in memory: all, or what stays there beside the blocks of a streamed model."""
         in_memory = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return sum(file.stat().st_size for file in files) or in_memory
+        return in_memory if self.weights is None else self.weights.resident_bytes
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Where the network computes."""
+        if self.weights is not None:
+            return self.weights.device
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor to store, without second names of one, which safetensors refuses and loading ties."""
+        if self.weights is not None:
+            self.weights.release()  # a part in memory is tied to nothing
+        first = first_names(self.model)
+        return {name: x.nbytes for name, x in self.model.state_dict().items() if first[name] == name}
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the model's state, wherever it is."""
+        return state_tensor(self.model, name) if self.weights is None else self.weights.read(name)
+
+    def module(self, name: str) -> nn.Module:
+        """A module of the model, with its tensors in memory until another one is asked for."""
+        if self.weights is not None:
+            self.weights.load_holder(name)
+        return self.model.get_submodule(name)
+
+    def load(self, part: str) -> None:
+        """Have a part's tensors in memory; those of another one may go."""
+        if self.weights is not None:
+            self.weights.load(part)
+
+    def stored(self, part: str, path: Path) -> None:
+        """A part has changed and its tensors lie in a file now."""
+        if self.weights is not None:
+            self.weights.stored(part, Checkpoint.of_files([path]))
+
+    def saved(self, folder: Path) -> None:
+        """All parts come from this folder now."""
+        if self.weights is not None:
+            self.weights.release()
+            self.weights.checkpoint = Checkpoint.of_folder(folder).renamed(first_names(self.model))
+
+    @contextmanager
+    def by_hand(self, parts: Sequence[str]) -> Iterator[None]:
+        """While open, `load` is called for these parts before they are."""
+        with nullcontext() if self.weights is None else self.weights.by_hand(parts):
+            yield
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's state, one tensor at a time."""
+        if self.weights is None:
+            yield from self.model.state_dict().items()
+        else:
+            yield from ((name, self.weights.read(name)) for name in self.model.state_dict())
 
 
 def open_network(
-    model: str | Path | nn.Module, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    model: str | Path | nn.Module,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    stream: bool = False,
 ) -> Network:
     """A network from a Hugging Face or timm folder, a folder that dither wrote, or a module in memory.
 
+    With `stream`, blocks stay in the folder's files until they are used.
+
     Raises:
         PathError: there is no such folder.
-        InputError: the folder is not a model that can be read.
+        InputError: the folder is not a model that can be read, or not one that can be streamed.
     """
     if isinstance(model, nn.Module):
         return _from_module(model)
@@ -99,11 +164,15 @@ def open_network(
     config = read_config(folder)
     if not {"model_type", "architecture"} & set(config):
         raise InputError(f"{str(folder)!r} holds a {config.get('class')}: load it with dither.load(folder, into=model)")
-    loaded = _load_timm(folder, config) if "architecture" in config else _load_transformers(folder, config, dtype)
-    loaded = loaded.to(device).eval()
-    if not (folder / "preprocessor_config.json").exists():
-        return Network(loaded, folder.resolve().name, folder, _timm_processor(loaded), load_tokenizer(folder))
-    return Network(loaded, folder.resolve().name, folder, load_processor(folder), load_tokenizer(folder))
+    weights = _stream_transformers(folder, config, device, dtype) if stream else None
+    if weights is not None:
+        loaded = weights.model
+    else:
+        loaded = _load_timm(folder, config) if "architecture" in config else _load_transformers(folder, config, dtype)
+        loaded = loaded.to(device).eval()
+    stored = (folder / "preprocessor_config.json").exists()
+    processor = load_processor(folder) if stored else _timm_processor(loaded)
+    return Network(loaded, folder.resolve().name, folder, processor, load_tokenizer(folder), weights)
 
 
 def load_tokenizer(folder: Path) -> Any | None:
@@ -156,6 +225,21 @@ def _load_transformers(folder: Path, config: Mapping[str, Any], dtype: torch.dty
     raise InputError(f"{str(folder)!r} {lacking}")
 
 
+def _stream_transformers(
+    folder: Path, config: Mapping[str, Any], device: str | torch.device, dtype: torch.dtype
+) -> Streamed:
+    if "model_type" not in config or "quantization_config" in config:
+        raise InputError(f"{str(folder)!r} cannot be read block by block: only full-precision transformers models can")
+    checkpoint, lacking = Checkpoint.of_folder(folder), ""
+    for kind in _classes(folder, config):
+        model = skeleton(kind, folder, dtype)
+        try:
+            return Streamed(model, fitted(checkpoint, model, "it"), device)
+        except InputError as error:
+            lacking = lacking or str(error)
+    raise InputError(f"{str(folder)!r} cannot be read block by block: {lacking}")
+
+
 def _classes(folder: Path, config: Mapping[str, Any]) -> list[Any]:
     """The class that the configuration names, else the automatic classes that know its model type."""
     import transformers
@@ -199,7 +283,7 @@ def _load_timm(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     )
     if "quantization_config" in config:
         rebuild(model, config["quantization_config"])
-    load_state(model, _read_state(folder), str(folder))
+    load_state(model, Checkpoint.of_folder(folder).read_all(), str(folder))
     model.config = dict(config)  # type: ignore[assignment]
     return model
 
@@ -209,15 +293,8 @@ def load_into(model: nn.Module, folder: Path) -> nn.Module:
     config = read_config(folder)
     if "quantization_config" in config:
         rebuild(model, config["quantization_config"])
-    load_state(model, _read_state(folder), str(folder))
+    load_state(model, Checkpoint.of_folder(folder).read_all(), str(folder))
     return model.eval()
-
-
-def _read_state(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{str(folder / WEIGHTS)!r} cannot be read: {error}") from None
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -237,8 +314,8 @@ def first_names(model: nn.Module) -> dict[str, str]:
     """For each name in the model's state, the first name of the same tensor: another one where weights are tied."""
     first: dict[tuple[Any, ...], str] = {}
     names = {}
-    for name, x in model.state_dict().items():
-        key = (x.data_ptr(), x.shape, x.stride(), x.dtype) if x.numel() and x.device.type != "meta" else (name,)
+    for name, x in model.state_dict(keep_vars=True).items():
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype) if x.numel() and x.device.type != "meta" else (id(x),)
         names[name] = first.setdefault(key, name)
     return names
 

@@ -1,0 +1,138 @@
+"""A quantization in progress: the network being walked, what has been recorded so far, and the report made of it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from dither.data.calibration import Calibration
+from dither.engine.local import InProcess, ProcessPool
+from dither.methods.base import Method
+from dither.models.anatomy import Anatomy, Unit, read_anatomy
+from dither.models.coverage import coverage
+from dither.models.network import Network
+from dither.models.selection import matching, without
+from dither.planning import SPILL_BUDGET, check_formats, make_plan, memory, sizes_seen
+from dither.recipe import resolved
+from dither.unfinished import Unfinished
+from dither.walk import Block, LayerRecord, walk
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]  # (what, units or pictures done, in all)
+
+
+class Run:
+    """One quantization of a network with a method on calibration data."""
+
+    def __init__(self, network: Network, method: Method, data: Calibration) -> None:
+        """Run the network once, to find out what it is made of."""
+        self.network, self.method, self.data = network, method, data
+        self.unfinished: Unfinished | None = None
+        self.progress: Progress | None = None
+        self.original_bytes = network.stored_bytes
+        self.parameters = sum(p.numel() for p in network.model.parameters())
+        self.records: list[LayerRecord] = []
+        self.operands: list[dict[str, Any]] = []
+        self.remarks: dict[str, str] = {}
+        self.done, self.expected = 0, 0
+        with sizes_seen(network.model) as self.sizes:
+            self.anatomy = self._read()
+
+    def _read(self) -> Anatomy:
+        anatomy = without(
+            read_anatomy(self.network.model, lambda: self.network.run(self.data.batches[0])), self.method.skip
+        )
+        for pattern in self.method.overrides:
+            matching(pattern, anatomy.layers)
+        check_formats(self.network.model, anatomy, self.method)
+        return anatomy
+
+    def plan(self) -> dict[str, Any]:
+        """What the run would do."""
+        made = make_plan(self.network, self.anatomy, self.method, self.data.batches)
+        return made | {"memory_bytes": self.memory(), "original_bytes": self.original_bytes}
+
+    def memory(self, spill_budget: int = SPILL_BUDGET) -> int:
+        """Bytes that the run takes at most, by estimate, beside Python's and torch's own."""
+        batches = len(self.data.batches)
+        return memory(self.network, self.anatomy, self.sizes, batches, spill_budget)
+
+    def walk(self, pool: InProcess | ProcessPool, spill_budget: int) -> None:
+        """Quantize unit by unit."""
+        self.expected = self.memory(spill_budget)
+        blocks = walk(
+            self.network.model, self.anatomy, self.network.run, self.data.batches, self.method.inputs, spill_budget,
+            self._restore, self._finish, self.network.load,
+        )  # fmt: skip
+        with self.network.by_hand([unit.name for unit in self.anatomy.units]):
+            try:
+                self.method.run(blocks, pool)
+            finally:
+                blocks.close()  # type: ignore[attr-defined]
+
+    def _restore(self, unit: Unit) -> bool:
+        kept = None if self.unfinished is None else self.unfinished.restore(self.network.model, unit)
+        if kept is None or self.unfinished is None:
+            return False
+        self.network.stored(unit.name, self.unfinished.tensors(unit))
+        self._take(unit.name, kept["records"], kept["operands"], kept["remarks"])
+        return True
+
+    def _finish(self, block: Block) -> None:
+        if self.unfinished is not None:
+            self.unfinished.write(block)
+            self.network.stored(block.unit.name, self.unfinished.tensors(block.unit))
+        for record in block.records:
+            logger.info("%s: output error %s in %.2f s", record.name, record.output_error, record.time_s)
+        self._take(block.unit.name, block.records, block.operand_records, block.remarks)
+
+    def _take(
+        self, unit: str, records: list[LayerRecord], operands: list[dict[str, Any]], remarks: dict[str, str]
+    ) -> None:
+        self.records += records
+        self.operands += operands
+        self.remarks |= remarks
+        self.done += 1
+        if self.progress is not None:
+            self.progress(unit, self.done, len(self.anatomy.units))
+
+    def report(self, facts: dict[str, Any], time_s: float) -> dict[str, Any]:
+        """The report data of kind `quantize`."""
+        weights = sum(record.shape[0] * record.shape[1] for record in self.records)
+        stored = sum(record.nbytes for record in self.records)
+        state = self.network.model.state_dict().values()
+        return {
+            "schema": 1,
+            "kind": "quantize",
+            "model": {
+                "name": self.network.name,
+                "class": type(self.network.model).__name__,
+                "parameters": self.parameters,
+                "source": self.network.name if self.network.source is None else str(self.network.source),
+            },
+            "recipe": resolved(self.method),
+            "provenance": facts,
+            "totals": {
+                "parameters": self.parameters,
+                "quantized_parameters": weights,
+                "bits_per_weight": 8 * stored / weights if weights else 0.0,
+                "size_bytes": sum(x.numel() * x.element_size() for x in state),
+                "original_bytes": self.original_bytes,
+                "time_s": time_s,
+                "expected_memory_bytes": self.expected,
+                "peak_rss_bytes": peak_rss(),
+            },
+            "layers": [asdict(record) for record in self.records],
+            "operands": self.operands,
+            "coverage": coverage(self.network.model, self.anatomy.kept, self.remarks),
+            "evaluation": None,
+        }
+
+
+def peak_rss() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
