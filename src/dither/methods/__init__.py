@@ -6,6 +6,7 @@ from dither.errors import InputError, nearest
 from dither.methods.base import Method
 from dither.methods.erq import ERQ
 from dither.methods.gptq import GPTQ
+from dither.methods.hqq import HQQ
 from dither.methods.lorc import LoRC
 from dither.methods.qera import QERA
 from dither.methods.repq import RepQ
@@ -15,6 +16,7 @@ from dither.methods.spqr import SpQR
 __all__ = [
     "ERQ",
     "GPTQ",
+    "HQQ",
     "METHODS",
     "PRESETS",
     "QERA",
@@ -32,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "gptq": GPTQ,
     "repq": RepQ,
     "erq": ERQ,
+    "hqq": HQQ,
     "qera": QERA,
     "lorc": LoRC,
     "spqr": SpQR,
