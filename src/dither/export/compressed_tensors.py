@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from dither.errors import InputError
 from dither.export.folder import (
-    Tensors,
     cast,
     check_tensors,
     checkpoint_names,
     chosen_dtype,
     own_names,
+    read_back,
     read_json,
     write_config,
     write_folder,
@@ -35,6 +35,7 @@ from dither.export.source import Source, skeleton
 from dither.export.written import Written, scale_bound
 from dither.formats.packing import pack
 from dither.formats.spec import QuantSpec
+from dither.models.checkpoint import Checkpoint
 from dither.models.network import CONFIG
 
 TARGET = "compressed-tensors"
@@ -110,10 +111,10 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
     files = write_folder(folder, _tensors(source, schemes, modules, kept, kind), source)
     quantization = configuration(schemes, modules, _ignored(model, source))
     files.append(write_config(source, folder, kind, quantization))
-    tensors = Tensors(folder, files)
+    tensors = read_back(folder, files)
     stored = read_json(folder / CONFIG)["quantization_config"]
     return Written(
-        files, kind, lambda name: read_weight(tensors, modules[name], stored), lambda name: tensors[kept[name]],
+        files, kind, lambda name: read_weight(tensors, modules[name], stored), lambda name: tensors.read(kept[name]),
         lambda name: scale_bound(integer_weight(name, source.weight(name), TARGET, BITS), kind),
         "vLLM, SGLang, or transformers with compressed-tensors installed", notes(schemes),
     )  # fmt: skip
@@ -219,25 +220,25 @@ def _input_tensors(source: Source, name: str, one: Scheme, dtype: torch.dtype) -
     return parts
 
 
-def read_weight(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Float[np.ndarray, "o i"]:
+def read_weight(tensors: Checkpoint, name: str, config: Mapping[str, Any]) -> Float[np.ndarray, "o i"]:
     """The weight of a layer decoded from the file with numpy alone, from the format's definition.
 
     `config` is the `quantization_config`; it shares no code with the writer, which it checks.
     """
     groups = config["config_groups"].values()
     args = next(g for g in groups if name in g["targets"] or g["targets"] == ["Linear"])["weights"]
-    scale = tensors[f"{name}.weight_scale"].float().numpy()
+    scale = tensors.read(f"{name}.weight_scale").float().numpy()
     if f"{name}.weight_packed" in tensors.places:
-        rows, columns = tensors[f"{name}.weight_shape"].tolist()
-        signed = _unsigned(tensors[f"{name}.weight_packed"].numpy(), args["num_bits"], columns)
+        rows, columns = tensors.read(f"{name}.weight_shape").tolist()
+        signed = _unsigned(tensors.read(f"{name}.weight_packed").numpy(), args["num_bits"], columns)
         signed = signed - 2 ** (args["num_bits"] - 1)
     else:
-        signed = tensors[f"{name}.weight"].numpy().astype(np.int64)
+        signed = tensors.read(f"{name}.weight").numpy().astype(np.int64)
         rows, columns = signed.shape
     scale = np.broadcast_to(scale.reshape(-1, scale.shape[-1] if scale.ndim > 1 else 1), (rows, scale.shape[-1]))
     zero = np.zeros_like(scale)
     if not args["symmetric"]:
-        stored = tensors[f"{name}.weight_zero_point"].numpy()
+        stored = tensors.read(f"{name}.weight_zero_point").numpy()
         zero = (_unsigned(stored.T.copy(), args["num_bits"], rows) - 2 ** (args["num_bits"] - 1)).T.astype(np.float32)
     column = np.arange(columns) // (args["group_size"] or columns)
     result: Float[np.ndarray, "o i"] = scale[:, column] * (signed.astype(np.float32) - zero[:, column])

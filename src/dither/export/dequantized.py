@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dither.export.folder import (
-    Tensors,
     cast,
     check_tensors,
     checkpoint_names,
     chosen_dtype,
+    read_back,
     write_config,
     write_folder,
 )
@@ -40,17 +40,18 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
     names = {name: names.get(name, name) for name in own}
     files = write_folder(folder, _tensors(source, model, names, kind), source)
     files.append(write_config(source, folder, kind, None))
-    tensors = Tensors(folder, files)
+    tensors = read_back(folder, files)
 
     def weight(name: str) -> Float[np.ndarray, "o i"]:
-        return np.asarray(tensors[names[f"{name}.weight"]].flatten(1).float())
+        return np.asarray(tensors.read(names[f"{name}.weight"]).flatten(1).float())
 
     def bound(name: str) -> Float[np.ndarray, "o i"]:
         return value_bound(np.asarray(source.weight(name).dequantize()), kind)
 
     return Written(
-        files, kind, weight, lambda name: tensors[names[name]], bound, "transformers and what reads its folders", notes
-    )
+        files, kind, weight, lambda name: tensors.read(names[name]), bound,
+        "transformers and what reads its folders", notes,
+    )  # fmt: skip
 
 
 def _tensors(

@@ -2,35 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dither.errors import InputError, StorageError
-from dither.export.source import INDEX, Source
-from dither.models.network import CONFIG, WEIGHTS
-from dither.storage import write_json, write_tensors, writing
+from dither.errors import InputError
+from dither.export.source import Source
+from dither.models.checkpoint import INDEX, WEIGHTS, Checkpoint
+from dither.models.network import CONFIG
+from dither.storage import BESIDE, SHARD_BYTES, write_json, write_tensors, writing
 
-SHARD_BYTES = 5 * 10**9  # what the hub's own files keep below
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 
 
 def chosen_dtype(source: Source, name: str) -> torch.dtype:
@@ -146,7 +131,7 @@ def _shard_name(number: int, count: int) -> str:
 def copy_companions(source: Source, folder: Path) -> list[str]:
     """Copy tokenizer, generation settings and processors, each from the nearest folder that has it."""
     copied = []
-    for name in COMPANIONS:
+    for name in BESIDE:
         place = next((place / name for place in source.folders if (place / name).is_file()), None)
         if place is not None:
             with writing(folder / name):
@@ -179,24 +164,13 @@ def untied(source: Source, config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings")) and bool(names & {"lm_head", "embed_out"})
 
 
-class Tensors:
-    """The tensors of a written folder, read one by one."""
+def read_back(folder: Path, files: Iterable[str]) -> Checkpoint:
+    """The tensors of the files that were just written.
 
-    def __init__(self, folder: Path, files: Sequence[str]) -> None:
-        self.places: dict[str, Path] = {}
-        for path in (folder / name for name in files if name.endswith(".safetensors")):
-            with writing(path), safe_open(path, framework="pt") as file:
-                self.places |= dict.fromkeys(file.keys(), path)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.places:
-            raise StorageError(f"{name} is missing in what was written")
-        try:
-            with safe_open(self.places[name], framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"{name} cannot be read back: {error}") from None
+    Raises:
+        StorageError: they cannot be read.
+    """
+    return Checkpoint.of_files(folder / name for name in files if name.endswith(".safetensors"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,10 +24,19 @@ from torch import Tensor, nn
 
 from dither.errors import InputError
 from dither.export.compressed_tensors import words
-from dither.export.folder import Tensors, cast, check_tensors, chosen_dtype, own_names, write_config, write_folder
+from dither.export.folder import (
+    cast,
+    check_tensors,
+    chosen_dtype,
+    own_names,
+    read_back,
+    write_config,
+    write_folder,
+)
 from dither.export.integers import IntegerWeight, integer_weight, refused
 from dither.export.source import Source, skeleton
 from dither.export.written import Written, scale_bound
+from dither.models.checkpoint import Checkpoint
 from dither.storage import write_json
 
 TARGET = "gptq"
@@ -72,10 +81,10 @@ def _write(source: Source, folder: Path, dtype: str, shift: int) -> Written:
     config = configuration(settings, modules, _left(model, source), shift)
     write_json(config, folder / SETTINGS)
     files += [SETTINGS, write_config(source, folder, kind, config)]
-    tensors = Tensors(folder, files)
+    tensors = read_back(folder, files)
     return Written(
         files, kind, lambda name: read_weight(tensors, modules[name], settings[name].bits, shift),
-        lambda name: tensors[kept[name]], lambda name: scale_bound(_integers(source, name), kind),
+        lambda name: tensors.read(kept[name]), lambda name: scale_bound(_integers(source, name), kind),
         "vLLM, SGLang, GPTQModel, or transformers with gptqmodel installed", _notes(shift),
     )  # fmt: skip
 
@@ -160,11 +169,11 @@ def packed(name: str, weight: IntegerWeight, shift: int) -> dict[str, Tensor]:
     }
 
 
-def read_weight(tensors: Tensors, name: str, bits: int, shift: int) -> Float[np.ndarray, "o i"]:
+def read_weight(tensors: Checkpoint, name: str, bits: int, shift: int) -> Float[np.ndarray, "o i"]:
     """The weight decoded from the file with numpy alone, from the format's definition: scale * (code - zero)."""
-    groups, scale = tensors[f"{name}.g_idx"].numpy(), tensors[f"{name}.scales"].float().numpy()
-    codes = _fields(tensors[f"{name}.qweight"].numpy().T, bits, len(groups)).T
-    zeros = _fields(tensors[f"{name}.qzeros"].numpy(), bits, scale.shape[1]) + shift
+    groups, scale = tensors.read(f"{name}.g_idx").numpy(), tensors.read(f"{name}.scales").float().numpy()
+    codes = _fields(tensors.read(f"{name}.qweight").numpy().T, bits, len(groups)).T
+    zeros = _fields(tensors.read(f"{name}.qzeros").numpy(), bits, scale.shape[1]) + shift
     result: Float[np.ndarray, "o i"] = (scale[groups] * (codes - zeros[groups]).astype(np.float32)).T
     return result
 

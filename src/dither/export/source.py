@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dither.errors import InputError, PathError, StorageError
+from dither.errors import InputError
 from dither.formats.qtensor import QTensor
-from dither.models.network import CONFIG, WEIGHTS, Network, first_names, read_config
+from dither.models.checkpoint import Checkpoint
+from dither.models.network import CONFIG, Network, read_config
 from dither.models.structure import Structure, describe, read_layout
 from dither.result import Result
 
-INDEX = WEIGHTS + ".index.json"
 _INSIDE = ("packed", "input_quantizer", "attention_operands")  # children of a quantized module that hold its tensors
 
 
@@ -66,48 +65,21 @@ def open_source(result: Result | str | Path) -> Source:
     structure = config.pop("quantization_config", {})
     if structure.get("quant_method") != "dither":
         raise InputError(f"{str(folder)!r} was not written by dither quantize: its config.json does not name dither")
-    places = _index(folder)
+    stored = Checkpoint.of_folder(folder)
     origin = _origin(folder)
     folders = (folder,) if origin is None else (folder, origin)
-    return Source(
-        folder.resolve().name, config, structure, tuple(places), lambda name: _read(places[name], name), folders
-    )
+    return Source(folder.resolve().name, config, structure, tuple(stored.places), stored.read, folders)
 
 
 def _from_network(network: Network) -> Source:
-    model = network.model
-    first = first_names(model)
-    state = {name: x.detach() for name, x in model.state_dict().items() if first[name] == name}
     config = {key: value for key, value in network.config.items() if key != "quantization_config"}
     if "model_type" in config:
-        config["architectures"] = [type(model).__name__]
+        config["architectures"] = [type(network.model).__name__]
     folders = () if network.source is None else (network.source,)
-    return Source(network.name, config, describe(model), tuple(state), lambda name: state[name].cpu(), folders)
-
-
-def _index(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor."""
-    try:
-        if (folder / INDEX).is_file():
-            listed = json.loads((folder / INDEX).read_text())["weight_map"]
-            return {str(name): folder / Path(str(file)).name for name, file in listed.items()}
-        if not (folder / WEIGHTS).is_file():
-            raise PathError(f"{str(folder)!r} holds no {WEIGHTS}")
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / WEIGHTS)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, PathError):
-            raise
-        raise StorageError(f"the tensors of {str(folder)!r} cannot be read: {error}") from None
-
-
-def _read(path: Path, name: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{name} cannot be read from {str(path)!r}: {error}") from None
+    return Source(
+        network.name, config, describe(network.model), tuple(network.sizes()),
+        lambda name: network.tensor(name).detach().cpu(), folders,
+    )  # fmt: skip
 
 
 def _origin(folder: Path) -> Path | None:
