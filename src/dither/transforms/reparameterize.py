@@ -11,11 +11,17 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Reparameterization:
-    """New activation x' = x / ratio - shift per channel [d], quantized by one `scale` and `zero_point`."""
+class Fold:
+    """New activation x' = x / ratio - shift per channel [d]."""
 
     ratio: Float[Tensor, " d"]
     shift: Float[Tensor, " d"]
+
+
+@dataclass(frozen=True)
+class Reparameterization(Fold):
+    """A fold whose new activation is quantized by one `scale` and `zero_point`."""
+
     scale: Float[Tensor, ""]
     zero_point: Float[Tensor, ""]
 
@@ -38,7 +44,7 @@ def reparameterization(
 
 
 def fold_into_norm(
-    weight: Float[Tensor, " d"], bias: Float[Tensor, " d"] | None, change: Reparameterization
+    weight: Float[Tensor, " d"], bias: Float[Tensor, " d"] | None, change: Fold
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"] | None]:
     """Weight and bias of the normalization that now puts out x'; no bias comes back only where none is needed."""
     ratio, shift = change.ratio.to(weight), change.shift.to(weight)
@@ -49,7 +55,7 @@ def fold_into_norm(
 
 
 def fold_into_linear(
-    weight: Float[Tensor, "o d"], bias: Float[Tensor, " o"] | None, change: Reparameterization
+    weight: Float[Tensor, "o d"], bias: Float[Tensor, " o"] | None, change: Fold
 ) -> tuple[Float[Tensor, "o d"], Float[Tensor, " o"] | None]:
     """Weight and bias of a layer that reads x' and puts out what it did for x: W diag(r), b + W diag(r) shift."""
     ratio, shift = change.ratio.to(weight), change.shift.to(weight)
