@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from llm_report import DATA, peer_runs, plot, rows, table
 from process_cost import Cost
-from torch import multiprocessing
+from torch import Tensor, multiprocessing
 
 UNIFORM = "int{bits}:g64:asym:minmax"
 METHODS = {  # label: method, weight format, bits it is run at (None: all that are asked for)
@@ -98,8 +98,12 @@ class Bench:
 
         self.given = given
         network = open_network(given.model, given.device)
-        text = open_text(given.evaluation)
+        text, known = open_text(given.evaluation), open_text(given.calibration)
         self.windows = text.windows(network.tokenizer, given.window_length, given.windows or None)
+        self.calibration = [
+            known.sample(network.tokenizer, given.length, given.samples, seed, given.samples)
+            for seed in range(given.seeds)
+        ]
         self.parameters = sum(p.numel() for p in network.model.parameters())
         self.fp_perplexity = self.perplexity(network.model)
 
@@ -127,23 +131,21 @@ class Bench:
 
 def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
     """One quantization and what it costs; memory on the CPU is that above one float32 copy of the model."""
-    import transformers.models.auto.modeling_auto  # noqa: F401  libraries are loaded before memory is first read
-
-    import dither
+    from dither.data.calibration import TOKENS
     from dither.errors import DitherError
     from dither.nn.linear import cache_weights
+    from dither.pipeline import quantize
     from dither.recipe import parse_method
 
     given, cuda = bench.given, bench.given.device.startswith("cuda")
+    batches = [{"input_ids": part} for part in bench.calibration[job["seed"]].split(max(1, TOKENS // given.length))]
+    warm_up(bench, batches[0]["input_ids"][:1])
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     cost = Cost()
     try:
         method = parse_method(job["method"], {"weights": job["weights"]} if job["weights"] else {})
-        result = dither.quantize(
-            given.model, method, given.calibration,
-            count=given.samples, length=given.length, seed=job["seed"], device=given.device,
-        )  # fmt: skip
+        result = quantize(given.model, method, batches, count=given.samples, seed=job["seed"], device=given.device)
     except (DitherError, torch.OutOfMemoryError) as error:
         return job | {"error": str(error)}
     used = cost.facts()
@@ -155,6 +157,14 @@ def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
         "bits_per_weight": result.report.data["totals"]["bits_per_weight"],
         "perplexity": perplexity if math.isfinite(perplexity) else None,
     }  # fmt: skip
+
+
+def warm_up(bench: Bench, window: Tensor) -> None:
+    """Read and run the model once, so that libraries are loaded before time and memory are counted."""
+    from dither.evaluation.language import answer
+    from dither.models.network import open_network
+
+    answer(open_network(bench.given.model, bench.given.device).model, window)
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:

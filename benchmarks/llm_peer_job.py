@@ -42,7 +42,7 @@ def quantize_hqq(model: nn.Module, windows: Tensor, job: dict[str, Any]) -> Quan
         dense = layer.weight.data
         layer.weight.data = torch.empty(0)  # as a layer that is replaced
         codes, meta = Quantizer.quantize(
-            dense, device="cpu", compute_dtype=torch.float32, **config["weight_quant_params"]
+            dense, device=job["device"], compute_dtype=torch.float32, **config["weight_quant_params"]
         )
         meta |= {key: meta[key].half().float() for key in ("scale", "zero")} | {"compute_dtype": torch.float32}
         stored[name] = (codes, meta)
@@ -116,7 +116,7 @@ def quantize_autoround(model: nn.Module, windows: Tensor, job: dict[str, Any]) -
         seqlen=windows.shape[1],
         dataset=[{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows],
         seed=job["seed"],
-        device_map="cpu",
+        device_map=job["device"],
     )
     tuned, _ = tuner.quantize()
     bits = job["bits"] + (16 + job["bits"]) / job["group_size"]
@@ -144,16 +144,20 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # in memory, not mapped from the file
-    windows = load_file(job["windows"])["windows"]
+    windows, cuda = load_file(job["windows"])["windows"], job["device"] != "cpu"
+    if cuda and job["peer"] in ("hqq", "bitsandbytes"):  # the others move what they work on
+        model.to(job["device"])
     cost = Cost()
     dequantize, bits = PEERS[job["peer"]](model, windows, job)
-    facts = cost.facts() | {
+    facts = cost.facts() | {"device": torch.cuda.get_device_name() if cuda else f"{job['threads']} CPU threads"}
+    facts |= {"peak_bytes": torch.cuda.max_memory_allocated()} if cuda else {}
+    facts |= {
         "bits_per_weight": bits,
         "version": importlib.metadata.version(PACKAGES[job["peer"]]),
         "torch": torch.__version__,
     }
     with torch.no_grad():
-        save_file({name: weight.contiguous().float() for name, weight in dequantize().items()}, job["weights"])
+        save_file({name: weight.float().contiguous().cpu() for name, weight in dequantize().items()}, job["weights"])
     Path(job["facts"]).write_text(json.dumps(facts))
 
 

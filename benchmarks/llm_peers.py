@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows; 0 for all")
     parser.add_argument("--window-length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="what the peer works on, and the evaluation")
     parser.add_argument("--out", type=Path, default=Path("docs/results/llm_peers.json"))
     return parser.parse_args()
 
@@ -59,6 +60,7 @@ class Bench:
         self.given, self.tokenizer = given, AutoTokenizer.from_pretrained(given.model)
         self.model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
         text = open_text(given.evaluation)
+        self.model.to(given.device)
         self.windows = text.windows(self.tokenizer, given.window_length, given.windows or None)
 
     def calibration(self, seed: int) -> Tensor:
@@ -70,7 +72,7 @@ class Bench:
         if set(layers) != set(weights):
             raise SystemExit(f"the peer returned other layers: {sorted(set(layers) ^ set(weights))[:5]}")
         for name, layer in layers.items():
-            layer.weight.data = weights[name].view_as(layer.weight)
+            layer.weight.data = weights[name].view_as(layer.weight).to(layer.weight.device)
         return answer(self.model, self.windows).perplexity
 
 
@@ -88,6 +90,7 @@ def run(bench: Bench, given: argparse.Namespace, bits: int, seed: int) -> dict[s
             "group_size": given.group_size,
             "seed": seed,
             "threads": given.threads,
+            "device": given.device,
             "windows": str(folder / "windows.safetensors"),
             "weights": str(folder / "weights.safetensors"),
             "facts": str(folder / "facts.json"),
