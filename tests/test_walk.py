@@ -119,7 +119,7 @@ def test_the_quantized_stream_sees_what_the_finished_model_sees(bench: Bench, bu
     for name, rows in found.items():
         assert same(rows.seen, finished[name])
         assert same(rows.seen, full[name]) == (name in bench.anatomy.layers[:1] or bench.anatomy.units[0].name in name)
-    assert len(found) >= 3
+    assert len(found) >= 2
 
 
 def test_both_streams_are_paired_row_by_row(bench: Bench) -> None:

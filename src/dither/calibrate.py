@@ -18,6 +18,7 @@ from dither.models.layers import has_gram, set_weight_matrix, weight_matrix
 from dither.models.links import Link, same_output
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands
+from dither.statistics.extremes import MinMax
 from dither.statistics.gram import Gram
 from dither.statistics.sample import RowSample
 from dither.transforms.reparameterize import fold_into_linear, fold_into_norm, reparameterization
@@ -58,7 +59,7 @@ class LayerSolution:
 
 def quantize_operands(block: Block, specs: Mapping[str, QuantSpec | None], inputs: Inputs) -> None:
     """Fit and attach quantizers to the operands of every attention in the block."""
-    for owner in block.unit.attention:
+    for owner in block.unit.attention if any(specs.values()) else ():
         samples = block.observe_attention(owner, RowSample.of, inputs)
         quantizers = {}
         for operand, sample in samples.items():
@@ -156,24 +157,40 @@ def measure(
     quantizers = {name: fitted[name] for name in specs if name in fitted}
     first = _first_reader(block, specs)
     readers = list(dict.fromkeys(first.values()))
-    samples = block.observe(dict.fromkeys(readers, _sample), "quantized" if inputs == "both" else inputs)
+    sampled = [name for name in readers if specs[name] is not None or not (grams and has_gram(block.layer(name)))]
+    whose: Inputs = "quantized" if inputs == "both" else inputs
+    samples = block.observe(dict.fromkeys(sampled, _sample), whose) if sampled else {}
     for name, spec in specs.items():
-        sample = samples[first[name]]
-        block.ranges[name] = float(sample.extremes.low.amin()), float(sample.extremes.high.amax())
         if spec is not None and name not in quantizers:
             twin = quantizers.get(first[name])
-            quantizers[name] = _fit(sample.rows, spec) if twin is None else _copy(twin)
+            quantizers[name] = _fit(samples[first[name]].rows, spec) if twin is None else _copy(twin)
     observers = {
         name: partial(_gram, quantizer=quantizers.get(name), ones=block.layer(name).bias is not None)
         for name in readers
         if grams and has_gram(block.layer(name))
     }
     found = block.observe(observers, inputs) if observers else {}
+    extremes = {n: one.extremes for n, one in found.items()} | {n: one.extremes for n, one in samples.items()}
+    for name in specs:
+        seen = extremes[first[name]]
+        block.ranges[name] = float(seen.low.amin()), float(seen.high.amax())
+    measured = {name: found[first[name]].gram for name in specs if first[name] in found}
     tasks = [
-        LayerTask(name, block.weight(name), _bias(block.layer(name)), found.get(first[name]), name in fitted)
+        LayerTask(name, block.weight(name), _bias(block.layer(name)), measured.get(name), name in fitted)
         for name in specs
     ]
     return tasks, quantizers
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Gram and range of a layer's inputs."""
+
+    gram: Gram
+    extremes: MinMax
+
+    def merge(self, other: "_Seen") -> "_Seen":
+        return _Seen(self.gram.merge(other.gram), self.extremes.merge(other.extremes))
 
 
 def _first_reader(block: Block, specs: Mapping[str, QuantSpec | None]) -> dict[str, str]:
@@ -243,11 +260,16 @@ def _sample(seen: Tensor, original: Tensor) -> RowSample:
     return RowSample.of(seen)
 
 
-def _gram(seen: Tensor, original: Tensor, quantizer: ActivationQuantizer | None, ones: bool) -> Gram:
-    if quantizer is None:
-        return Gram.of(seen, None if original is seen else original, ones)
-    wide = seen.float()
-    return Gram.of(fake_quantize(wide, quantizer.scales, quantizer.spec), original, ones)
+def _gram(seen: Tensor, original: Tensor, quantizer: ActivationQuantizer | None, ones: bool) -> _Seen:
+    wide = seen.detach().float().reshape(-1, seen.shape[-1])
+    low, high = wide.amin(dim=0), wide.amax(dim=0)
+    if quantizer is not None:
+        gram = Gram.of(fake_quantize(seen.float(), quantizer.scales, quantizer.spec), original, ones)
+    elif original is not seen:
+        gram = Gram.of(seen, original, ones)
+    else:
+        gram = Gram.of(seen, ones=ones, dtype=torch.float32)
+    return _Seen(gram, MinMax(low, high))
 
 
 def _fit(rows: Float[Tensor, "n d"], spec: QuantSpec) -> ActivationQuantizer:

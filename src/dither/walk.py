@@ -22,6 +22,7 @@ from dither.models.links import Links, find_links, shared_inputs
 from dither.models.spill import Spill, tensors_in
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands, operands_seen, quantize_attention
+from dither.nn.linear import cache_weights
 
 Inputs = Literal["fp", "quantized", "both"]
 _STREAMS: dict[Inputs, tuple[str, ...]] = {
@@ -266,7 +267,8 @@ def _visit(
         block.reference = module  # the method still holds the block when the next one is read
     del reference
     if "quantized" in streams:
-        outputs["quantized"] = streams["quantized"].outputs(module)
+        outputs["quantized"] = streams["quantized"].outputs(cache_weights(module))
+        cache_weights(module, cached=False)
     for name, stream in streams.items():
         stream.resume(outputs[name])
 

@@ -60,6 +60,8 @@ def read_anatomy(model: nn.Module, run: Callable[[], object]) -> Anatomy:
     if not names:
         raise InputError(f"{type(model).__name__} has no Linear or Conv2d layer: there is nothing to quantize")
     kept = {name: "never called in the forward pass" for name in names if trace.calls[name] == 0}
+    head = _head(model)
+    kept |= {name: "the head over the vocabulary stays in full precision" for name in names if names[name] is head}
     blocks = [name for name in block_names(model) if trace.calls[name] > 0]
     for block in [name for name in blocks if trace.calls[name] > 1]:
         blocks.remove(block)
@@ -75,6 +77,16 @@ def read_anatomy(model: nn.Module, run: Callable[[], object]) -> Anatomy:
     built = tuple(_unit(name, layers, name in blocks, trace.attention) for name, layers in units.items())
     entry = built[0].layers[0] if built else ""
     return Anatomy(built, entry, kept)
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """A language model's last layer, whose weight often is the table of embeddings too."""
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        head = find() if callable(find) else None
+    except (NotImplementedError, AttributeError):  # classes that have none say so in these ways
+        return None
+    return head if isinstance(head, nn.Module) else None
 
 
 def _unit(name: str, layers: list[str], is_block: bool, attention: list[str]) -> Unit:

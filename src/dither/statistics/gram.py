@@ -31,13 +31,26 @@ class Gram:
         ones: bool = False,
         dtype: torch.dtype = torch.float64,
     ) -> "Gram":
-        """The statistic of one batch: inputs as the quantized layer sees them and, where they differ, the originals."""
+        """The statistic of one batch: inputs as the quantized layer sees them and, where they differ, the originals.
+
+        `dtype` is that of the products within the batch; sums over batches are always in float64. Single precision
+        will do where nothing is subtracted from the Gram, and is twice as fast.
+        """
+        if original is None:
+            return cls._of_one(quantized, ones, dtype)
         seen = _with_ones(as_rows(quantized).to(dtype), ones)
         gram = seen.T @ seen
-        if original is None:
-            return cls(gram, gram, gram, seen.shape[0])
         true = _with_ones(as_rows(original).to(dtype), ones)
-        return cls(gram, seen.T @ true, true.T @ true, seen.shape[0])
+        return cls(gram.double(), (seen.T @ true).double(), (true.T @ true).double(), seen.shape[0])
+
+    @classmethod
+    def _of_one(cls, x: Float[Tensor, "*b i"], ones: bool, dtype: torch.dtype) -> "Gram":
+        rows = _with_ones(x.detach().reshape(-1, x.shape[-1]).to(dtype), ones)
+        gram = (rows.T @ rows).double()
+        if not bool(gram.isfinite().all()):  # squares tell of NaN and Inf at less cost than every input
+            rows = _with_ones(as_rows(x).double(), ones)
+            gram = rows.T @ rows
+        return cls(gram, gram, gram, rows.shape[0])
 
     def merge(self, other: "Gram") -> "Gram":
         """Sums over both."""
@@ -50,6 +63,11 @@ class Gram:
 
     def output_error(self, weight: Float[Tensor, "o k"], stored: Float[Tensor, "o k"]) -> float:
         """‖A Wᵀ - Â Ŵᵀ‖² / ‖A Wᵀ‖² of a weight and what is stored for it, bias columns included."""
+        if self.cross is self.quantized:  # nothing is subtracted, so that single precision will do
+            gram, single = self.original.float(), weight.float()
+            change = stored.to(single) - single
+            power, error = (float(((x @ gram) * x).sum()) for x in (single, change))
+            return max(error, 0.0) / power if power > 0 else 0.0
         true, rounded = weight.to(self.quantized), stored.to(self.quantized)
         power = ((true @ self.original) * true).sum()
         difference = power - 2 * ((rounded @ self.cross) * true).sum() + ((rounded @ self.quantized) * rounded).sum()
