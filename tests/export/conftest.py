@@ -60,7 +60,7 @@ def quantized(llama: Callable[..., Path]) -> Callable[..., dither.Result]:
     """Quantizes a tiny Llama but its head: `quantized("int4:g32", overrides={…})`; the first `settings` are Llama's."""
 
     def make(weights: str = "int4:g32", settings: dict[str, Any] | None = None, **fields: Any) -> dither.Result:
-        choices = {"skip": ["lm_head"], "activations": "none", "attention": "none", "probabilities": "none", **fields}
+        choices = {"activations": "none", "attention": "none", "probabilities": "none", **fields}
         choices.setdefault("entry_activations", choices["activations"])
         method = dither.RTN(weights=weights, **choices)
         return dither.quantize(llama(**(settings or {})), method, [{"input_ids": tokens()}])

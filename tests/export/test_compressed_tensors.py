@@ -115,7 +115,7 @@ def test_layers_of_several_formats_become_config_groups(quantized: Quantized, tm
 
 
 def test_what_is_left_out_is_ignored_by_name(quantized: Quantized, tmp_path: Path) -> None:
-    source = quantized("int4:g32:sym", skip=["lm_head", "*.1.mlp.*"])
+    source = quantized("int4:g32:sym", skip=["*.1.mlp.*"])
     folder, _ = exported(source, tmp_path)
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     mlp = [f"model.layers.1.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
@@ -125,7 +125,7 @@ def test_what_is_left_out_is_ignored_by_name(quantized: Quantized, tmp_path: Pat
 
 
 def test_a_quantized_head_that_was_tied_is_untied(quantized: Quantized, tmp_path: Path) -> None:
-    source = quantized("int4:g32:sym", {"tie_word_embeddings": True}, skip=[], overrides={"lm_head": "int4:g32:sym"})
+    source = quantized("int4:g32:sym", {"tie_word_embeddings": True}, overrides={"lm_head": "int4:g32:sym"})
     folder, report = exported(source, tmp_path)
     assert report["layers"] == 15
     model = opened(folder)
