@@ -17,7 +17,7 @@ from dither.errors import InputError, NonFiniteError
 from dither.formats.qtensor import QTensor
 from dither.models.anatomy import Anatomy, Unit
 from dither.models.forward import Stream, suspended_at
-from dither.models.layers import Layer, given_input, input_rows, is_layer, quantized, weight_matrix
+from dither.models.layers import input_rows, is_layer, quantized, weight_matrix
 from dither.models.links import Links, find_links, shared_inputs
 from dither.models.spill import Spill, tensors_in
 from dither.nn.activation import ActivationQuantizer
@@ -79,7 +79,7 @@ class Block:
     remarks: dict[str, str] = field(default_factory=dict)  # module name → what was done to it, or why not
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # layer → extremes of its input
 
-    def layer(self, name: str) -> Layer:
+    def layer(self, name: str) -> nn.Linear | nn.Conv2d:
         """The full-precision layer of a full name."""
         module = self.reference.get_submodule(self.local(name)) if self.local(name) else self.reference
         if not is_layer(module):
@@ -136,10 +136,10 @@ class Block:
         seen: dict[str, list[Tensor]] = {}
 
         def keep(name: str) -> Callable[..., None]:
-            return lambda _module, args, kwargs: seen.setdefault(name, []).append(given_input(args, kwargs))
+            return lambda _module, args: seen.setdefault(name, []).append(args[0])
 
         layers = {name: module.get_submodule(self.local(name)) if self.local(name) else module for name in names}
-        handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
+        handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
         try:
             for _ in self.streams[stream].run(module):
                 yield seen
