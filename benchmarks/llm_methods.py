@@ -16,13 +16,14 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from llm_report import DATA, peer_runs, plot, rows, table
 from process_cost import Cost
-from torch import Tensor, multiprocessing
+from torch import multiprocessing
 
 UNIFORM = "int{bits}:g64:asym:minmax"
 METHODS = {  # label: method, weight format, bits it is run at (None: all that are asked for)
@@ -34,16 +35,16 @@ METHODS = {  # label: method, weight format, bits it is run at (None: all that a
     "gptq, symmetric": ("gptq", "int{bits}:g64:sym:minmax", None),
     "gptq, least squares": ("gptq", "int{bits}:g64:asym:mse", None),
     "awq": ("awq", UNIFORM, None),
-    "hqq": ("hqq", "int{bits}:g64:asym:minmax:realzero", None),
-    "adadim": ("adadim", UNIFORM, None),
+    "hqq": ("hqq", "int{bits}:g64", None),
+    "adadim": ("adadim", "int{bits}:g64", None),
     "oac": ("oac", UNIFORM, None),
     "signround": ("signround", UNIFORM, None),
     "gwq": ("gwq", UNIFORM, None),
-    "qera": ("qera", UNIFORM, None),
+    "qera, rank 8": ("qera+rank=8", UNIFORM, None),
     "lorc": ("lorc", UNIFORM, None),
-    "squeezellm": ("squeezellm", "nuq{bits}:channel", (4, 3)),
-    "spqr": ("spqr", "int{bits}:g16:asym:tight:realzero:s3.16", (4, 3, 2)),
-    "billm": ("billm", "", (1,)),
+    "squeezellm": ("squeezellm", "nuq{bits}:channel", None),
+    "spqr": ("spqr", "int{bits}:g16:s3.16", None),
+    "billm": ("billm", "nuq2:g64:dual", (2,)),
 }
 FACTS = (*DATA, "calibration", "evaluation", "device", "torch", "fp_perplexity", "parameters")
 
@@ -139,8 +140,9 @@ def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
 
     given, cuda = bench.given, bench.given.device.startswith("cuda")
     batches = [{"input_ids": part} for part in bench.calibration[job["seed"]].split(max(1, TOKENS // given.length))]
-    warm_up(bench, batches[0]["input_ids"][:1])
+    warm_up(given.model, given.device)
     if cuda:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     cost = Cost()
     try:
@@ -159,12 +161,13 @@ def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def warm_up(bench: Bench, window: Tensor) -> None:
+@cache
+def warm_up(model: str, device: str) -> None:
     """Read and run the model once, so that libraries are loaded before time and memory are counted."""
     from dither.evaluation.language import answer
     from dither.models.network import open_network
 
-    answer(open_network(bench.given.model, bench.given.device).model, window)
+    answer(open_network(model, device).model, torch.zeros(1, 8, dtype=torch.int64))
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
@@ -174,15 +177,16 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"facts": bench.facts(), "runs": []}
     if path.exists():
         found["runs"] = checked([json.loads(path.read_text()), found])[0]
-    for job in jobs(given):
-        if any(all(one.get(key) == value for key, value in job.items()) for one in found["runs"]):
-            continue
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+    alone = None if given.device.startswith("cuda") else 1  # the CPU's memory is counted by process
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=alone) as pool:
+        for job in jobs(given):
+            if any(all(one.get(key) == value for key, value in job.items()) for one in found["runs"]):
+                continue
             one = pool.apply(run, (bench, job))
-        print(json.dumps(one), flush=True)
-        if "error" not in one:
-            found["runs"].append(one)
-            path.write_text(json.dumps(found, indent=1) + "\n")  # a killed call keeps these
+            print(json.dumps(one), flush=True)
+            if "error" not in one:
+                found["runs"].append(one)
+                path.write_text(json.dumps(found, indent=1) + "\n")  # a killed call keeps these
     return found
 
 
