@@ -43,6 +43,32 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "vocab_size": 40, "embedding_size": 16, "max_position_embeddings": 16, "input": 7,
     },
     "LlamaForCausalLM": {"vocab_size": 40, "num_key_value_heads": 1, "max_position_embeddings": 16, "input": 7},
+    "OPTForCausalLM": {
+        "vocab_size": 40, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 16, "input": 7,
+    },
+    "Qwen2ForCausalLM": {"vocab_size": 40, "num_key_value_heads": 1, "max_position_embeddings": 16, "input": 7},
+    "Qwen3ForCausalLM": {
+        "vocab_size": 40, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 16, "input": 7,
+    },
+    "GPT2LMHeadModel": {
+        "vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_inner": 48, "n_positions": 16,
+        "bos_token_id": 1, "eos_token_id": 2, "input": 7,
+    },
+    "GPTNeoXForCausalLM": {
+        "vocab_size": 40, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2, "input": 7,
+    },
+    "MixtralForCausalLM": {
+        "vocab_size": 40, "num_key_value_heads": 1, "max_position_embeddings": 16, "num_local_experts": 4, "input": 7,
+    },
+    "Qwen2MoeForCausalLM": {
+        "vocab_size": 40, "num_key_value_heads": 1, "max_position_embeddings": 16, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "input": 7,
+    },
+    "GptOssForCausalLM": {
+        "vocab_size": 40, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 16,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention", "full_attention"],
+        "input": 7,
+    },
     "SegformerForImageClassification": {
         "depths": [1, 1], "hidden_sizes": [16, 16], "num_attention_heads": [1, 2], "sr_ratios": [2, 1],
         "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2], "input": 32,

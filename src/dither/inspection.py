@@ -12,8 +12,9 @@ from dither.data.processing import pixel_values
 from dither.errors import InputError
 from dither.models.anatomy import Anatomy, read_anatomy
 from dither.models.coverage import coverage
-from dither.models.layers import is_layer
+from dither.models.layers import is_layer, matrix_shape
 from dither.models.network import Network, open_network, read_config
+from dither.nn.experts import unfuse
 from dither.report.data import read_report
 from dither.walk import walk
 
@@ -40,6 +41,7 @@ def describe(network: Network) -> dict[str, Any]:
     Where no input can be made up, layers are listed as the model holds them, `probe` is null and no unit is known.
     """
     model = network.model
+    unfuse(model)
     data = {
         "schema": 1,
         "kind": "inspect",
@@ -76,7 +78,7 @@ def describe(network: Network) -> dict[str, Any]:
 
 def _layer(model: nn.Module, name: str, unit: str) -> dict[str, Any]:
     layer = model.get_submodule(name)
-    shape = [layer.weight.shape[0], layer.weight[0].numel()] if is_layer(layer) else []
+    shape = list(matrix_shape(layer)) if is_layer(layer) else []
     parameters = sum(p.numel() for p in layer.parameters())
     return {"name": name, "unit": unit, "kind": type(layer).__name__, "shape": shape, "parameters": parameters}
 

@@ -15,7 +15,7 @@ from dither.formats.layout import Layout
 from dither.formats.spec import QuantSpec
 from dither.methods.base import Method
 from dither.models.anatomy import Anatomy, block_names
-from dither.models.layers import has_gram, is_layer
+from dither.models.layers import has_gram, is_layer, matrix_shape
 from dither.models.network import Network
 
 SPILL_BUDGET = 2**30  # bytes of activations that stay in memory, unless the caller says otherwise
@@ -64,7 +64,7 @@ def _matrix_shape(model: nn.Module, name: str) -> tuple[int, int]:
     layer = model.get_submodule(name)
     if not is_layer(layer):
         raise SpecError(f"{name} is a {type(layer).__name__}, not a layer")
-    return layer.weight.shape[0], layer.weight[0].numel()
+    return matrix_shape(layer)
 
 
 @dataclass
@@ -110,7 +110,7 @@ def memory(network: Network, anatomy: Anatomy, sizes: Sizes, batches: int, spill
 def _gram_bytes(model: nn.Module, anatomy: Anatomy) -> int:
     """Of the largest Gram and two factors of it, in float64."""
     layers = [model.get_submodule(name) for name in anatomy.layers]
-    columns = [layer.weight[0].numel() for layer in layers if is_layer(layer) and has_gram(layer)]
+    columns = [matrix_shape(layer)[1] for layer in layers if is_layer(layer) and has_gram(layer)]
     return max((3 * 8 * (count + 1) ** 2 for count in columns), default=0)
 
 

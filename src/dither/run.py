@@ -12,6 +12,7 @@ from dither.models.anatomy import Anatomy, Unit, read_anatomy
 from dither.models.coverage import coverage
 from dither.models.network import Network
 from dither.models.selection import matching, without
+from dither.nn.experts import unfuse
 from dither.planning import SPILL_BUDGET, check_formats, make_plan, memory, sizes_seen
 from dither.recipe import resolved
 from dither.unfinished import Unfinished
@@ -35,12 +36,15 @@ class Run:
         self.operands: list[dict[str, Any]] = []
         self.remarks: dict[str, str] = {}
         self.done, self.expected = 0, 0
+        if network.weights is None:  # a model read block by block has the experts of its folder
+            unfuse(network.model)
         with sizes_seen(network.model) as self.sizes:
             self.anatomy = self._read()
 
     def _read(self) -> Anatomy:
         anatomy = without(
-            read_anatomy(self.network.model, lambda: self.network.run(self.data.batches[0])), self.method.skip
+            read_anatomy(self.network.model, lambda: self.network.run(self.data.batches[0]), self.method.overrides),
+            self.method.skip,
         )
         for pattern in self.method.overrides:
             matching(pattern, anatomy.layers)

@@ -17,11 +17,12 @@ from dither.errors import InputError, NonFiniteError
 from dither.formats.qtensor import QTensor
 from dither.models.anatomy import Anatomy, Unit
 from dither.models.forward import Stream, suspended_at
-from dither.models.layers import input_rows, is_layer, quantized, weight_matrix
+from dither.models.layers import Layer, given_input, input_rows, is_layer, is_routed, quantized, weight_matrix
 from dither.models.links import Links, find_links, shared_inputs
 from dither.models.spill import Spill, tensors_in
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands, operands_seen, quantize_attention
+from dither.nn.experts import everyone_called
 from dither.nn.linear import cache_weights
 
 Inputs = Literal["fp", "quantized", "both"]
@@ -79,7 +80,7 @@ class Block:
     remarks: dict[str, str] = field(default_factory=dict)  # module name → what was done to it, or why not
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # layer → extremes of its input
 
-    def layer(self, name: str) -> nn.Linear | nn.Conv2d:
+    def layer(self, name: str) -> Layer:
         """The full-precision layer of a full name."""
         module = self.reference.get_submodule(self.local(name)) if self.local(name) else self.reference
         if not is_layer(module):
@@ -101,20 +102,32 @@ class Block:
     def observe(self, measures: Mapping[str, Measure[S]], inputs: Inputs = "fp") -> dict[str, S]:
         """Run the batches through the block and accumulate a statistic of each named layer's input.
 
-        `inputs` says whose: of the full-precision model, of the quantized prefix, or both as (seen, original).
+        `inputs` says whose: of the full-precision model, of the quantized prefix, or both as (seen, original); of an
+        expert only what it sees, as the full-precision model routes other tokens to it.
 
         Raises:
             NonFiniteError: NaN or Inf arrives at a layer; the message names it.
             InputError: the walk was started for other inputs.
         """
         self._check(inputs)
+        results = self._observe(measures, inputs)
+        if unseen := [name for name in measures if name not in results]:
+            with everyone_called(self.module, self.reference):
+                results |= self._observe({name: measures[name] for name in unseen}, inputs)
+            self.remarks |= dict.fromkeys(unseen, "the router chose it for no calibration token: measured on all")
+        if unseen := [name for name in measures if name not in results]:
+            raise InputError(f"{unseen[0]} is not called on any calibration batch; skip it, or give other data")
+        return results
+
+    def _observe(self, measures: Mapping[str, Measure[S]], inputs: Inputs) -> dict[str, S]:
         results: dict[str, S] = {}
         for seen, original in self._passes(list(measures), inputs):
             for name, measure in measures.items():
-                for x, true in zip(seen[name], original[name], strict=True):
-                    rows = input_rows(self.layer(name), x)
+                layer, given = self.layer(name), seen.get(name, [])
+                for x, true in zip(given, given if is_routed(layer) else original[name], strict=True):
+                    rows = input_rows(layer, x)
                     try:
-                        part = measure(rows, rows if true is x else input_rows(self.layer(name), true))
+                        part = measure(rows, rows if true is x else input_rows(layer, true))
                     except NonFiniteError as error:
                         raise NonFiniteError(f"input of {name}: {error}") from None
                     results[name] = results[name].merge(part) if name in results else part
@@ -136,10 +149,10 @@ class Block:
         seen: dict[str, list[Tensor]] = {}
 
         def keep(name: str) -> Callable[..., None]:
-            return lambda _module, args: seen.setdefault(name, []).append(args[0])
+            return lambda _module, args, kwargs: seen.setdefault(name, []).append(given_input(args, kwargs))
 
         layers = {name: module.get_submodule(self.local(name)) if self.local(name) else module for name in names}
-        handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+        handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
         try:
             for _ in self.streams[stream].run(module):
                 yield seen

@@ -45,5 +45,5 @@ def test_reasons_are_those_given_or_follow_from_the_class() -> None:
         "table": "embedding stays in full precision",
         "own": "Own overrides the forward pass of its base class",
         "fc": "skipped by 'fc'",
-        "act": "PReLU is neither Linear nor Conv2d",
+        "act": "PReLU is neither Linear nor Conv2d nor Conv1D",
     }

@@ -1,6 +1,7 @@
 """Quantized layers compute what the dense layer does with the dequantized weight, bit for bit."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ from torch.nn import functional
 from dither.errors import SpecError
 from dither.formats.activation import fit_activation
 from dither.formats.fit import fit_grid
+from dither.formats.low_rank import LowRank
 from dither.formats.qtensor import QTensor, quantize
+from dither.formats.sparse import Sparse
 from dither.formats.spec import QuantSpec
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.linear import ConvGeometry, PackedWeight, QuantizedConv2d, QuantizedLinear, cache_weights
 
 TEXTS = ["int4", "int3:asym", "int8:g1:asym", "int5:dual:asym", "int4:asym:tight:realzero", "int2:g1:ic", "int1"]
+TEXTS += ["nf4", "fp4:g1:s4.2", "mxint3", "int4:g1:asym:tight:realzero:s3.4"]
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -112,6 +116,23 @@ def test_a_convolution_refuses_input_scales_along_the_width_of_the_picture(text:
     quantizer = ActivationQuantizer(QuantSpec.parse(text), channels=9)
     with pytest.raises(SpecError, match="the input of a convolution has one scale a tensor"):
         QuantizedConv2d(PackedWeight.of(stored(conv.weight)), None, quantizer, torch.float32, ConvGeometry(conv))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_outliers_and_a_correction_act_as_products_of_their_own(dtype: Any) -> None:
+    weight, base = drawn(40, 64), stored(drawn(40, 64), "int4:g16:asym")
+    rest = weight - base.dequantize()
+    sparse = Sparse.of(rest, rest.abs() > 0.1)
+    u, s, v = torch.linalg.svd(rest - sparse.dense(), full_matrices=False)
+    low_rank = LowRank.of(v[:6], u[:, :6] * s[:6], dtype)
+    layer = QuantizedLinear(PackedWeight.of(replace(base, sparse=sparse, low_rank=low_rank)), None, None, torch.float32)
+    x = drawn(5, 64, seed=2)
+    expected = x @ base.dequantize().T + x @ sparse.dense().T + (x @ low_rank.a.T) @ low_rank.b.T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+    empty = QuantizedLinear(PackedWeight(layer.packed.layout), None, None, torch.float32)
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty(x), layer(x)) and torch.equal(layer(input=x), layer(x))
+    assert sum(p.nbytes for p in layer.packed.state_dict().values()) == base.nbytes + sparse.nbytes + low_rank.nbytes
 
 
 def test_cached_weights_give_the_same_result_and_can_be_dropped() -> None:

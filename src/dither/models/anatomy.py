@@ -6,7 +6,7 @@ transformer and convolution blocks without knowing architectures, and passes ove
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from dither.errors import DitherError, InputError
 from dither.models.layers import is_layer
 from dither.nn.attention import OperandMode
+from dither.nn.experts import everyone_called
+
+HEAD = "the head over the vocabulary stays in full precision; an override of this name quantizes it"
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,10 @@ class Anatomy:
         return tuple(name for unit in self.units for name in unit.layers)
 
 
-def read_anatomy(model: nn.Module, run: Callable[[], object]) -> Anatomy:
+def read_anatomy(model: nn.Module, run: Callable[[], object], wanted: Collection[str] = ()) -> Anatomy:
     """Run the model once (`run`) and tell what it is made of.
+
+    A layer that shares its weight with a table of embeddings is kept, unless it is `wanted` by name.
 
     Raises:
         InputError: it holds no layer that dither can quantize, or cannot be run.
@@ -60,8 +65,8 @@ def read_anatomy(model: nn.Module, run: Callable[[], object]) -> Anatomy:
     if not names:
         raise InputError(f"{type(model).__name__} has no Linear or Conv2d layer: there is nothing to quantize")
     kept = {name: "never called in the forward pass" for name in names if trace.calls[name] == 0}
-    head = _head(model)
-    kept |= {name: "the head over the vocabulary stays in full precision" for name in names if names[name] is head}
+    heads = {name: HEAD for name, module in names.items() if module is _head(model)} | _tied(model)
+    kept |= {name: reason for name, reason in heads.items() if name not in wanted}
     blocks = [name for name in block_names(model) if trace.calls[name] > 0]
     for block in [name for name in blocks if trace.calls[name] > 1]:
         blocks.remove(block)
@@ -77,6 +82,17 @@ def read_anatomy(model: nn.Module, run: Callable[[], object]) -> Anatomy:
     built = tuple(_unit(name, layers, name in blocks, trace.attention) for name, layers in units.items())
     entry = built[0].layers[0] if built else ""
     return Anatomy(built, entry, kept)
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Layers that multiply by a table of embeddings; codes of their own would only add to what is stored."""
+    tables = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
+    return {
+        name: f"its weight is that of {tables[id(layer.weight)]}; an override of this name quantizes it apart"
+        for name, layer in layers.items()
+        if id(layer.weight) in tables
+    }
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -128,7 +144,7 @@ def _trace(model: nn.Module, run: Callable[[], object]) -> _Trace:
     for name, module in model.named_modules():
         handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
     try:
-        with torch.no_grad(), OperandMode(operand):
+        with torch.no_grad(), OperandMode(operand), everyone_called(model):
             run()
     finally:
         for handle in handles:

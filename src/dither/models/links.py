@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dither.models.layers import is_layer, rows_alike
+from dither.models.layers import Layer, given_input, is_layer, is_linear, rows_alike
 
 _ARRIVED = 0.02  # of each value; float16 and bfloat16 round within it, and an output that was not changed is far off
 _UNCHANGED = 1e-3  # of each channel; float32 rounding through a block stays near 1e-6, a second reader makes ~0.1
@@ -50,7 +50,7 @@ def find_links(block: nn.Module, run: Callable[[], Any]) -> Links:
         if not altered.applied:
             links.refused[name] = "its channels are not on the last axis"
             continue
-        linear = [key for key in after if key in before and isinstance(layers[key], nn.Linear)]
+        linear = [key for key in after if key in before and is_linear(layers[key])]
         readers = [key for key in linear if _arrives(before[key], after[key], scale, shift)]
         if not readers:
             links.refused[name] = "no layer reads its output channel by channel"
@@ -63,7 +63,7 @@ def find_links(block: nn.Module, run: Callable[[], Any]) -> Links:
     return links
 
 
-def shared_inputs(layers: Mapping[str, nn.Linear | nn.Conv2d], run: Callable[[], Any]) -> list[tuple[str, ...]]:
+def shared_inputs(layers: Mapping[str, Layer], run: Callable[[], Any]) -> list[tuple[str, ...]]:
     """Groups of two or more layers that multiply the same rows of inputs (q, k, v; gate, up), in execution order."""
     inputs, _ = _inputs(layers, run)
     groups: list[list[str]] = []
@@ -85,7 +85,7 @@ def same_output(before: Any, after: Any) -> bool:
     return bool((error <= max(_UNCHANGED, 8 * torch.finfo(old.dtype).eps) * size).all())
 
 
-def _same_rows(layers: Mapping[str, nn.Linear | nn.Conv2d], inputs: _Inputs, one: str, two: str) -> bool:
+def _same_rows(layers: Mapping[str, Layer], inputs: _Inputs, one: str, two: str) -> bool:
     if not rows_alike(layers[one], layers[two]) or len(inputs[one]) != len(inputs[two]):
         return False
     return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(inputs[one], inputs[two], strict=True))
@@ -109,9 +109,9 @@ def _inputs(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> tuple[_I
     seen: _Inputs = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda _module, args: seen.setdefault(name, []).append(args[0].detach())
+        return lambda _module, args, kwargs: seen.setdefault(name, []).append(given_input(args, kwargs).detach())
 
-    handles = [module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]
+    handles = [module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in layers.items()]
     try:
         return seen, run()
     finally:
@@ -146,10 +146,12 @@ def _arrives(before: list[Tensor], after: list[Tensor], scale: Tensor, shift: Te
 
 
 def _run_undone(norm: nn.Module, readers: list[nn.Module], scale: Tensor, shift: Tensor, run: Callable[[], Any]) -> Any:
-    def undo(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return ((args[0] - shift) / scale).to(args[0].dtype), *args[1:]
+    def undo(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        x = given_input(args, kwargs)
+        undone = ((x - shift) / scale).to(x.dtype)
+        return ((undone, *args[1:]), kwargs) if args else (args, {next(iter(kwargs)): undone})
 
-    handles = [reader.register_forward_pre_hook(undo) for reader in readers]
+    handles = [reader.register_forward_pre_hook(undo, with_kwargs=True) for reader in readers]
     try:
         with _Altered(norm, scale, shift):
             return run()

@@ -12,6 +12,7 @@ from dither.formats.spec import QuantSpec
 from dither.models.layers import is_layer
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands, quantize_attention
+from dither.nn.experts import Experts, is_fused
 from dither.nn.linear import ConvGeometry, PackedWeight, QuantizedConv2d, QuantizedLinear
 
 SCHEMA = 1
@@ -19,7 +20,7 @@ Structure = dict[str, Any]
 
 
 def describe(model: nn.Module, prefix: str = "") -> Structure:
-    """Quantized layers, attention operands and norm biases of a network, by module name below `prefix`."""
+    """Quantized layers, attention operands, norm biases and experts taken apart, by module name below `prefix`."""
     structure: Structure = {"schema": SCHEMA, "layers": {}, "attention": {}, "biases": {}}
     for name, module in model.named_modules(prefix=prefix):
         if isinstance(module, QuantizedLinear | QuantizedConv2d):
@@ -33,6 +34,8 @@ def describe(model: nn.Module, prefix: str = "") -> Structure:
             structure["attention"][owner] = {key: _describe_quantizer(q) for key, q in module.named_children()}
         elif _is_bare_norm(module):
             structure["biases"][name] = module.get_parameter("bias").shape[0]
+        elif isinstance(module, Experts):
+            structure.setdefault("experts", []).append(name)
     return structure
 
 
@@ -74,6 +77,8 @@ def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> None:
     """
     if structure.get("schema") != SCHEMA:
         raise StorageError(f"expected quantization schema {SCHEMA}, got {structure.get('schema')}; update dither")
+    for name in structure.get("experts", ()):
+        _take_apart(model, name)
     for name, entry in structure["layers"].items():
         holder, _, leaf = name.rpartition(".")
         empty = _empty_layer(_module(model, name), name, entry)
@@ -87,6 +92,15 @@ def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> None:
         if getattr(norm, "bias", None) is None:
             like = norm.get_parameter("weight")
             norm.bias = nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device), requires_grad=False)
+
+
+def _take_apart(model: nn.Module, name: str) -> None:
+    module, (holder, _, leaf) = _module(model, name), name.rpartition(".")
+    if isinstance(module, Experts):
+        return
+    if not is_fused(module):
+        raise StorageError(f"{name} is stored as experts, but is a {type(module).__name__} here")
+    setattr(_module(model, holder), leaf, Experts(module))
 
 
 def _untie(model: nn.Module, names: Mapping[str, Any]) -> None:
@@ -111,9 +125,9 @@ def _empty_layer(layer: nn.Module, name: str, entry: Mapping[str, Any]) -> Quant
     packed = PackedWeight(read_layout(entry))
     bias = torch.zeros(packed.shape[0], dtype=dtype) if entry["bias"] else None
     quantizer = _empty_quantizer(entry["activations"])
-    if isinstance(layer, nn.Linear):
-        return QuantizedLinear(packed, bias, quantizer, dtype)
-    return QuantizedConv2d(packed, bias, quantizer, dtype, ConvGeometry(layer))
+    if isinstance(layer, nn.Conv2d):
+        return QuantizedConv2d(packed, bias, quantizer, dtype, ConvGeometry(layer))
+    return QuantizedLinear(packed, bias, quantizer, dtype)
 
 
 def _empty_quantizer(entry: Mapping[str, Any] | None) -> ActivationQuantizer | None:

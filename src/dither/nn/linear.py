@@ -113,10 +113,10 @@ class QuantizedLinear(_Packed):
         """As torch.nn.Linear's."""
         return self.packed.shape[0]
 
-    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+    def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:  # models may call it by this name
         """As torch.nn.Linear."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(self.quantize_input(x), self.packed(x.dtype), bias)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return functional.linear(self.quantize_input(input), self.packed(input.dtype), bias)
 
 
 class QuantizedConv2d(_Packed):
@@ -144,10 +144,10 @@ class QuantizedConv2d(_Packed):
         self.out_channels, patch = packed.shape
         self.in_channels = patch // (geometry.kernel[0] * geometry.kernel[1]) * geometry.groups
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o y x"]:
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o y x"]:
         """As torch.nn.Conv2d."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        x = self.quantize_input(x)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        x = self.quantize_input(input)
         kernel = self.packed(x.dtype).reshape(self.packed.shape[0], -1, *self.geometry.kernel)
         x, padding = self.geometry.pad(x)
         return functional.conv2d(
