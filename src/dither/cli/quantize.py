@@ -60,6 +60,11 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done, how large and how long; write nothing.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")]
+Stream = Annotated[
+    bool | None,
+    typer.Option("--stream/--no-stream", help="Read the model block by block (default: where it would take over half "
+                 "of the memory).", show_default=False),
+]  # fmt: skip
 EvaluationData = Annotated[
     str | None,
     typer.Option("--evaluate", metavar="DATA", help="Compare with the original on these pictures or text.",
@@ -84,6 +89,7 @@ def quantize(
     count: Count = None,
     dry_run: DryRun = False,
     resume: Resume = False,
+    stream: Stream = None,
     workers: Workers = 1,
     json: Json = False,
     device: Device = None,
@@ -117,17 +123,17 @@ def quantize(
         chosen = read_recipe(recipe, fields) if recipe else build_method(method or "erq", fields)
         place = chosen_device(device)
         if dry_run:
-            _show_plan(
-                terminal,
-                pipeline.plan(model, chosen, calibration, count=samples, seed=seed, length=length, device=place),
-                output,
+            plan = pipeline.plan(
+                model, chosen, calibration, count=samples, seed=seed, length=length, device=place, stream=stream
             )
+            _show_plan(terminal, plan, output)
             return
         try:
             with terminal.progress(chosen.name) as progress:
                 result = pipeline.quantize(
                     model, chosen, calibration, output=output, resume=resume, count=samples, seed=seed, length=length,
-                    device=place, workers=workers, evaluation=evaluate, evaluate_count=count, progress=progress,
+                    device=place, workers=workers, stream=stream, evaluation=evaluate, evaluate_count=count,
+                    progress=progress,
                 )  # fmt: skip
         except KeyboardInterrupt as stop:
             if output is not None and (Path(output) / "unfinished").is_dir():
@@ -186,7 +192,7 @@ def _show_plan(terminal: Terminal, plan: dict[str, Any], output: str | None) -> 
         "Units": count(plan["units"]),
         "Layers": f"{len(layers)} quantized, {len(plan['kept'])} kept",
         "Size": f"{size(before)} → {size(total)}, {ratio(before, total)}",
-        "Memory, about": f"{size(plan['memory_bytes'])} beside Python's own",
+        "Memory, about": f"{size(plan['memory_bytes'])} beside Python's own" + ", block by block" * plan["streamed"],
         "Disk, at most": size(plan["disk_bytes"]),
         "Time, about": seconds(plan["estimated_time_s"]),
     }

@@ -100,7 +100,7 @@ class Network:
     def sizes(self) -> dict[str, int]:
         """Bytes of each tensor to store, without second names of one, which safetensors refuses and loading ties."""
         if self.weights is not None:
-            self.weights.release()  # a part in memory is tied to nothing
+            self.weights.release()
         first = first_names(self.model)
         return {name: x.nbytes for name, x in self.model.state_dict().items() if first[name] == name}
 

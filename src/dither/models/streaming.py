@@ -34,7 +34,11 @@ class Streamed:
         self.read_s = 0.0  # spent on reading parts
         self._current: str | None = None
         self._by_hand: frozenset[str] = frozenset()
-        self._empty: dict[str, Tensor] = {}
+        self._empty: dict[str, Tensor] = {}  # what stands for a tensor of this name while it is in no memory
+        self._homes: dict[int, list[tuple[nn.Module, str]]] = {}  # where that stands: more than once if it is tied
+        self._known = [(_tensor(module, key), module, key) for module, key, _ in _slots(model, "")]  # so do their ids
+        for tensor, module, key in self._known:
+            self._homes.setdefault(id(tensor), []).append((module, key))
         self._hooked: dict[str, nn.Module] = {}
         self._fill(slot for slot in _slots(model, "") if not any(_inside(slot[2], part) for part in self.parts))
         for module in model.modules():
@@ -53,10 +57,12 @@ class Streamed:
         return stays + max(outside, default=0)
 
     def load(self, part: str) -> None:
-        """Bring a part into memory, and drop the one before."""
+        """Bring a part into memory, and drop the one before; what is no part is there already."""
         if self._current == part:
             return
         self.release()
+        if part not in self.parts:
+            return
         started, self._current = perf_counter(), part
         self._fill(_slots(self.model.get_submodule(part), part))
         self.read_s += perf_counter() - started
@@ -69,9 +75,17 @@ class Streamed:
             tensor = _tensor(module, key)
             if tensor.device.type != "meta":
                 empty = self._empty.get(name)
-                fits = empty is not None and (empty.shape, empty.dtype) == (tensor.shape, tensor.dtype)
-                _set(module, key, empty if empty is not None and fits else torch.empty_like(tensor, device="meta"))
+                if empty is None or (empty.shape, empty.dtype) != (tensor.shape, tensor.dtype):
+                    empty = _like(tensor, torch.empty_like(tensor, device="meta"))
+                self._exchange(module, key, tensor, empty)
         self._current = None
+
+    def _exchange(self, module: nn.Module, key: str, old: Tensor, new: Tensor) -> None:
+        """Put `new` where `old` is: here, and wherever else it is tied to."""
+        homes = self._homes.get(id(old)) or self._homes.get(id(new)) or []
+        for holder, name in [(module, key), *homes]:
+            if (holder._parameters | holder._buffers).get(name) is old:
+                (holder._buffers if name in holder._buffers else holder._parameters)[name] = new  # type: ignore[assignment]
 
     def load_holder(self, name: str) -> None:
         """Bring the part into memory that a module or tensor of this name belongs to, if it belongs to one."""
@@ -86,6 +100,8 @@ class Streamed:
 
     def stored(self, part: str, checkpoint: Checkpoint) -> None:
         """From now on a part comes from where its changed tensors were written to."""
+        if part not in self.parts:
+            return
         self.checkpoint = self.checkpoint.with_part(f"{part}.", checkpoint)
         if self._hooked.get(part) is not self.model.get_submodule(part):  # a layer that was replaced
             self._hook(part)
@@ -114,7 +130,7 @@ class Streamed:
             empty = _tensor(module, key)
             if empty.device.type == "meta":
                 self._empty[name] = empty
-                _set(module, key, self.checkpoint.read(name, empty.dtype, self.device))
+                self._exchange(module, key, empty, _like(empty, self.checkpoint.read(name, empty.dtype, self.device)))
 
 
 def state_tensor(model: nn.Module, name: str) -> Tensor:
@@ -162,13 +178,9 @@ def _tensor(module: nn.Module, key: str) -> Tensor:
     return module.get_buffer(key) if tensor is None else tensor
 
 
-def _set(module: nn.Module, key: str, tensor: Tensor) -> None:
-    if key in module._buffers:
-        module._buffers[key] = tensor
-    elif isinstance(tensor, nn.Parameter):
-        module._parameters[key] = tensor
-    else:
-        module._parameters[key] = nn.Parameter(tensor, requires_grad=_tensor(module, key).requires_grad)
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """A parameter if the old tensor is one."""
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
 def _bytes(module: nn.Module) -> int:

@@ -141,7 +141,8 @@ def _quantize_summary(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     old, new = totals.get("original_bytes"), totals.get("size_bytes")
     smaller = ratio(old, new).replace(DASH, "")
     quantized, parameters = number(totals.get("quantized_parameters")), number(totals.get("parameters"))
-    memory = size(totals.get("peak_rss_bytes"))
+    memory, planned = size(totals.get("peak_rss_bytes")), size(totals.get("expected_memory_bytes"))
+    memory += f", {planned} planned beside Python's own" if planned != DASH else ""
     share = quantized / parameters if quantized is not None and parameters else None
     return [
         (
@@ -156,7 +157,7 @@ def _quantize_summary(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("Bits per weight", fixed(totals.get("bits_per_weight")), ""),
         ("Size", f"{size(old)} → {size(new)}" if number(old) is not None else size(new), smaller),
         ("Quantized", percent(share), f"of {count(parameters)} parameters"),
-        ("Time", seconds(totals.get("time_s")), f"peak memory {memory}" if memory != DASH else ""),
+        ("Time", seconds(totals.get("time_s")), f"peak memory {memory}" if not memory.startswith(DASH) else ""),
     ]
 
 
