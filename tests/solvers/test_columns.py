@@ -10,6 +10,7 @@ from dither.errors import NumericalError
 from dither.formats.codebook import Codebook
 from dither.formats.fit import fit_grid
 from dither.formats.grid import Grid
+from dither.formats.qtensor import QTensor, quantize
 from dither.formats.spec import QuantSpec
 from dither.solvers import columns as module
 from dither.solvers.columns import column_order, lazy_blocks, round_by_columns, round_by_groups
@@ -145,6 +146,27 @@ def test_a_grid_fitted_on_the_way_sees_every_compensation_made_before(
     assert seen == order[:i]
     on_grid = torch.where(kept, found.weight[:, :i], found.grid.round(found.weight[:, :i]))
     torch.testing.assert_close(on_grid, found.weight[:, :i], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_groups_along_the_outputs_are_fitted_column_by_column(act_order: bool) -> None:
+    weight, x, spec = drawn(6, 10), inputs(60, 10), QuantSpec.parse("int3:g3:ic:asym:tight:realzero")
+    gram = x.T @ x
+    found = round_by_groups(weight, gram, lambda column, _: fit_grid(column, spec), spec, 10, 0.01, act_order)
+    current, H = weight.clone(), damped(gram, 0.01)
+    order = column_order(gram, 10, act_order).tolist()
+    for place, column in enumerate(order):
+        rounded = fit_grid(current[:, [column]], spec).round(current[:, [column]])
+        error, left = rounded - current[:, [column]], order[place + 1 :]
+        if left:
+            inverse = torch.linalg.inv(H[order[place:]][:, order[place:]])
+            current[:, left] += error @ inverse[:1, 1:] / inverse[0, 0]
+        current[:, [column]] = rounded
+    torch.testing.assert_close(found.weight, current, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found.grid.round(found.weight), found.weight, rtol=0, atol=1e-12)
+    stored = quantize(found.weight.float(), found.grid)
+    assert torch.equal(QTensor.unpack(stored.pack(), stored.layout).dequantize(), stored.dequantize())
+    torch.testing.assert_close(stored.dequantize().double(), found.weight, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,7 +3,9 @@
 from typing import Any
 
 from dither.errors import InputError, nearest
+from dither.methods.adadim import AdaDim
 from dither.methods.base import Method
+from dither.methods.billm import BiLLM
 from dither.methods.erq import ERQ
 from dither.methods.gptq import GPTQ
 from dither.methods.hqq import HQQ
@@ -21,6 +23,8 @@ __all__ = [
     "PRESETS",
     "QERA",
     "RTN",
+    "AdaDim",
+    "BiLLM",
     "LoRC",
     "Method",
     "RepQ",
@@ -38,6 +42,8 @@ METHODS: dict[str, type[Method]] = {
     "qera": QERA,
     "lorc": LoRC,
     "spqr": SpQR,
+    "billm": BiLLM,
+    "adadim": AdaDim,
 }
 
 

@@ -98,7 +98,8 @@ def round_by_groups(
     """As `round_by_columns`, with the grid of each group of `spec` fitted when the sweep enters it (dynamic groups).
 
     `fit` gets the group's columns, compensated for every error made before (kept entries as the mean of the others),
-    and their indices; it returns their grid of one cell a row. With act-order a group holds columns of like energy.
+    and their indices; it returns their grid, of one cell a row. With act-order a group holds columns of like energy.
+    Groups along the outputs are fitted column by column, with one cell for each group of rows.
 
     Raises:
         NumericalError: the damped Gram is not positive definite at any step of the ladder.

@@ -86,12 +86,12 @@ class OnTheWay:
 
     @classmethod
     def of(cls, spec: QuantSpec, order: Int[Tensor, " n"], fit: GroupFit) -> "OnTheWay":
-        """For the groups of a format along the inputs; without groups all columns are one.
+        """For the groups of a format: single columns if they run along the outputs, all columns if there are none.
 
         Raises:
             ShapeError: the group size does not divide.
         """
-        return cls(order, group_size(spec, len(order)), fit, [])
+        return cls(order, 1 if _along_outputs(spec) else group_size(spec, len(order)), fit, [])
 
     def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
         """Fit the grid of the group."""
@@ -103,6 +103,8 @@ class OnTheWay:
 
     def grid(self, spec: QuantSpec) -> Grid | Codebook:
         """All groups as one grid of the whole matrix."""
+        if _along_outputs(spec):
+            return side_by_side([self.grids[place] for place in torch.argsort(self.order).tolist()], spec, None)
         column_of = torch.empty_like(self.order)
         column_of[self.order] = torch.arange(len(self.order), device=column_of.device) // self.size
         return side_by_side(self.grids, spec, column_of if spec.granularity == "group" else None)
@@ -138,17 +140,21 @@ class Keeping:
 def side_by_side(
     grids: Sequence[Grid | Codebook], spec: QuantSpec, column_of: Int[Tensor, " i"] | None
 ) -> Grid | Codebook:
-    """Grids of one cell a row as one grid, whose column c uses grid `column_of[c]`."""
+    """Grids of one group each as one grid, whose column c uses grid `column_of[c]`; None means grid c."""
     scale = torch.cat([grid.scale for grid in grids], dim=1)
     scale_codes = _joined([grid.scale_codes for grid in grids])
     if isinstance(grids[0], Codebook):
         levels = [grid.levels for grid in grids if isinstance(grid, Codebook)]
         table = torch.cat(levels, dim=1) if spec.kind == "nuq" else levels[0]
-        return Codebook(spec, table, scale, None, column_of, scale_codes)
+        return Codebook(spec, table, scale, grids[0].row_of, column_of, scale_codes)
     uniform = [grid for grid in grids if isinstance(grid, Grid)]
     zero_point = torch.cat([grid.zero_point for grid in uniform], dim=1)
     zero_point_codes = _joined([grid.zero_point_codes for grid in uniform])
-    return Grid(spec, scale, zero_point, None, column_of, scale_codes, zero_point_codes)
+    return Grid(spec, scale, zero_point, grids[0].row_of, column_of, scale_codes, zero_point_codes)
+
+
+def _along_outputs(spec: QuantSpec) -> bool:
+    return spec.granularity == "group" and spec.group_along == "outputs"
 
 
 def _joined(parts: Sequence[SecondLevel | None]) -> SecondLevel | None:
