@@ -22,6 +22,7 @@ from dither.export.folder import (
 )
 from dither.export.source import Source, skeleton
 from dither.export.written import Written, value_bound
+from dither.models.layers import is_conv1d
 
 
 def write(source: Source, folder: Path, dtype: str) -> Written:
@@ -43,7 +44,8 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
     tensors = read_back(folder, files)
 
     def weight(name: str) -> Float[np.ndarray, "o i"]:
-        return np.asarray(tensors.read(names[f"{name}.weight"]).flatten(1).float())
+        stored = tensors.read(names[f"{name}.weight"]).flatten(1).float()
+        return np.asarray(stored.T if is_conv1d(model.get_submodule(name)) else stored)
 
     def bound(name: str) -> Float[np.ndarray, "o i"]:
         return value_bound(np.asarray(source.weight(name).dequantize()), kind)
@@ -60,5 +62,8 @@ def _tensors(
     for name, tensor in source.kept():
         yield names[name], cast(name, tensor, dtype)
     for name in source.layers:
-        shape = model.get_parameter(f"{name}.weight").shape
-        yield names[f"{name}.weight"], cast(name, source.weight(name).dequantize(), dtype).reshape(shape)
+        layer, matrix = model.get_submodule(name), cast(name, source.weight(name).dequantize(), dtype)
+        yield (
+            names[f"{name}.weight"],
+            matrix.T.contiguous() if is_conv1d(layer) else matrix.reshape(layer.get_parameter("weight").shape),
+        )

@@ -59,6 +59,8 @@ def check_tensors(source: Source, model: nn.Module) -> None:
     if source.structure["attention"]:
         owner = next(iter(source.structure["attention"]))
         raise InputError(f"{owner}: other programs do not quantize the operands of attention; {instead}")
+    if source.structure.get("experts"):
+        raise InputError(f"{source.structure['experts'][0]}: experts taken apart cannot be exported yet; {instead}")
     known = set(model.state_dict())
     for name, _ in source.kept():
         if name not in known:

@@ -97,14 +97,14 @@ def skeleton(source: Source) -> nn.Module:
     Raises:
         InputError: it is not an architecture of transformers.
     """
-    import torch
     import transformers
+    from accelerate import init_empty_weights
 
     named = [getattr(transformers, name, None) for name in source.config.get("architectures") or []]
     kind = next((kind for kind in named if kind is not None), None)
     if kind is None or "model_type" not in source.config:
         raise InputError(f"{source.name} is no architecture of transformers; exports need one")
     config = kind.config_class.from_dict(dict(source.config))
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         model: nn.Module = kind(config)
     return model.eval()
