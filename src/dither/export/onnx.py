@@ -75,7 +75,7 @@ def dequantized(weight: IntegerWeight) -> Float[Tensor, "o i"]:
     """scale * (code - zero_point)."""
     columns = weight.codes.shape[1]
     column = torch.arange(columns) // (weight.group_size or columns)
-    return torch.mul(weight.scale[:, column], weight.codes.int() - weight.zero_point[:, column])
+    return weight.scale[:, column] * (weight.codes.int() - weight.zero_point[:, column])
 
 
 def block_size(weight: IntegerWeight) -> int:
@@ -88,7 +88,8 @@ def block_size(weight: IntegerWeight) -> int:
 def packed_codes(codes: UInt8[Tensor, "o i"], size: int, bits: int) -> UInt8[Tensor, "o blocks bytes"]:
     """Codes of each block as bytes, the first in the lowest bits; the last block is filled with zeros."""
     whole = functional.pad(codes, (0, -codes.shape[1] % size)).unflatten(1, (-1, size))
-    return pack(whole.flatten(0, 1), bits).unflatten(0, whole.shape[:2])
+    stored: Tensor = pack(whole.flatten(0, 1), bits).unflatten(0, whole.shape[:2])
+    return stored
 
 
 def write(source: Source, folder: Path, dtype: str) -> Written:
