@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from dither.engine.local import Engine
+from dither.folding import bias_of, fold_link
 from dither.formats.activation import covered_range, fake_quantize, fit_activation
 from dither.formats.qtensor import QTensor
 from dither.formats.spec import QuantSpec
-from dither.models.layers import has_gram, set_weight_matrix, weight_matrix
-from dither.models.links import Link, same_output
+from dither.models.layers import has_gram
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands
 from dither.statistics.extremes import MinMax
 from dither.statistics.gram import Gram
 from dither.statistics.sample import RowSample
-from dither.transforms.reparameterize import fold_into_linear, fold_into_norm, reparameterization
+from dither.transforms.reparameterize import reparameterization
 from dither.walk import Block, Inputs, LayerRecord
 
 
@@ -90,8 +90,8 @@ def reparameterize(
         sample = block.observe({first: _sample}, inputs)[first]
         scale, zero_point = fit_activation(sample.rows, per_channel)
         change = reparameterization(scale, zero_point, spec.symmetry != "asym", round_zero_point)
-        if not _fold(block, link, change):
-            bare = _bias(block.reference.get_submodule(block.local(link.norm))) is None and bool(change.shift.any())
+        if not fold_link(block, link, change):
+            bare = bias_of(block.reference.get_submodule(block.local(link.norm))) is None and bool(change.shift.any())
             hint = " (it takes no bias; a symmetric format needs none)" if bare else ""
             block.remarks[link.norm] = f"not reparameterized: the fold changed the block's output{hint}"
             continue
@@ -100,46 +100,6 @@ def reparameterize(
             quantizer = ActivationQuantizer(spec)  # a dynamic range is not set, but gains from like channels too
             quantizers[name] = quantizer if spec.dynamic else quantizer.set((change.scale, change.zero_point))
     return quantizers
-
-
-def _fold(block: Block, link: Link, change: Any) -> bool:
-    before = block.once()
-    undo: list[Callable[[], None]] = []
-    for network in (block.reference, block.module):
-        norm = network.get_submodule(block.local(link.norm))
-        undo.append(_restore(norm))
-        old = norm.get_parameter("weight")
-        weight, bias = fold_into_norm(old.detach().float(), _bias(norm), change)
-        with torch.no_grad():
-            old.copy_(weight)
-        if bias is not None:
-            norm.bias = nn.Parameter(bias.to(old.dtype), requires_grad=False)
-        for name in link.layers:
-            layer = network.get_submodule(block.local(name))
-            undo.append(_restore(layer))
-            folded, new_bias = fold_into_linear(weight_matrix(layer, name), _bias(layer), change)  # type: ignore[arg-type]
-            set_weight_matrix(layer, folded, new_bias)  # type: ignore[arg-type]
-    if same_output(before, block.once()):
-        return True
-    for step in undo:
-        step()
-    return False
-
-
-def _restore(module: nn.Module) -> Callable[[], None]:
-    weight, bias = module.get_parameter("weight").detach().clone(), getattr(module, "bias", None)
-    kept = None if bias is None else bias.detach().clone()
-
-    def restore() -> None:
-        module.get_parameter("weight").data.copy_(weight)
-        module.register_parameter("bias", None if kept is None else nn.Parameter(kept, requires_grad=False))
-
-    return restore
-
-
-def _bias(module: nn.Module) -> Tensor | None:
-    bias = getattr(module, "bias", None)
-    return None if bias is None else bias.detach().float()
 
 
 def measure(
@@ -176,7 +136,7 @@ def measure(
         block.ranges[name] = float(seen.low.amin()), float(seen.high.amax())
     measured = {name: found[first[name]].gram for name in specs if first[name] in found}
     tasks = [
-        LayerTask(name, block.weight(name), _bias(block.layer(name)), measured.get(name), name in fitted)
+        LayerTask(name, block.weight(name), bias_of(block.layer(name)), measured.get(name), name in fitted)
         for name in specs
     ]
     return tasks, quantizers

@@ -4,7 +4,7 @@
 the next block, the finished one is handed to `on_done` (which writes it) and the passes move on.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from dither.formats.qtensor import QTensor
 from dither.models.anatomy import Anatomy, Unit
 from dither.models.forward import Stream, suspended_at
 from dither.models.layers import Layer, given_input, input_rows, is_layer, is_routed, quantized, weight_matrix
-from dither.models.links import Links, find_links, shared_inputs
+from dither.models.links import Chain, Links, find_chains, find_links, shared_inputs
 from dither.models.spill import Spill, tensors_in
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands, operands_seen, quantize_attention
@@ -189,6 +189,11 @@ class Block:
         ]
         return links
 
+    def chains(self) -> list[Chain]:
+        """Layers and those that read their outputs channel by channel, by full names."""
+        found = find_chains(self.reference, self.once)
+        return [Chain(self.full(one.source), tuple(self.full(name) for name in one.layers)) for one in found]
+
     def groups(self) -> list[tuple[str, ...]]:
         """The layers in execution order, those that read the same input together."""
         layers = {name: self.layer(name) for name in self.unit.layers}
@@ -196,10 +201,13 @@ class Block:
         groups = [shared.get(name, (name,)) for name in self.unit.layers]
         return list(dict.fromkeys(groups))
 
+    def outputs(self) -> Generator[Any, None, None]:
+        """The full-precision block's output for each batch."""
+        return next(iter(self.streams.values())).run(self.reference)
+
     def once(self) -> Any:
         """The full-precision block's output for the first batch."""
-        stream = next(iter(self.streams.values()))
-        with closing(stream.run(self.reference)) as outputs:
+        with closing(self.outputs()) as outputs:
             return next(outputs)
 
     def store(

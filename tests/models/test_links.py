@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dither.models.anatomy import read_anatomy
-from dither.models.links import Links, find_links, same_output, shared_inputs
+from dither.models.links import Chain, Links, find_chains, find_links, same_output, shared_inputs
 from dither.models.network import Network
 
 
@@ -222,3 +222,29 @@ def test_outputs_differ_when_any_channel_does_and_not_by_rounding() -> None:
     assert not same_output({"out": x}, {"out": x + torch.tensor([0, 0.01, 0, 0])})
     assert not same_output(x, torch.full_like(x, torch.nan))
     assert same_output(torch.tensor(3.0), torch.tensor(3.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("LlamaForCausalLM", {}, [Chain("mlp.up_proj", ("mlp.down_proj",))]),
+        (
+            "LlamaForCausalLM",
+            {"num_key_value_heads": 2},
+            [Chain("self_attn.v_proj", ("self_attn.o_proj",)), Chain("mlp.up_proj", ("mlp.down_proj",))],
+        ),
+        ("ViTForImageClassification", {}, [Chain("attention.v_proj", ("attention.o_proj",))]),
+        (
+            "ViTForImageClassification",
+            {"hidden_act": "relu"},
+            [Chain("attention.v_proj", ("attention.o_proj",)), Chain("mlp.fc1", ("mlp.fc2",))],
+        ),
+    ],
+)
+def test_values_and_what_passes_a_gate_are_chained_to_their_readers(
+    tiny: Callable[..., Any], name: str, settings: dict[str, Any], expected: list[Chain]
+) -> None:
+    network = tiny(name, **settings)
+    with torch.no_grad():
+        for module, run in blocks(network.model, network.batch(2)).values():
+            assert find_chains(module, run) == expected

@@ -4,6 +4,7 @@ from typing import Any
 
 from dither.errors import InputError, nearest
 from dither.methods.adadim import AdaDim
+from dither.methods.awq import AWQ
 from dither.methods.base import Method
 from dither.methods.billm import BiLLM
 from dither.methods.erq import ERQ
@@ -16,6 +17,7 @@ from dither.methods.rtn import RTN
 from dither.methods.spqr import SpQR
 
 __all__ = [
+    "AWQ",
     "ERQ",
     "GPTQ",
     "HQQ",
@@ -38,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
     "gptq": GPTQ,
     "repq": RepQ,
     "erq": ERQ,
+    "awq": AWQ,
     "hqq": HQQ,
     "qera": QERA,
     "lorc": LoRC,
