@@ -45,7 +45,7 @@ def check_formats(model: nn.Module, anatomy: Anatomy, method: Method) -> None:
     for name in ("activations", "attention", "probabilities", "entry_activations"):
         spec = getattr(method, name)
         if isinstance(spec, QuantSpec) and not spec.for_activations:
-            raise SpecError(f"{field} {spec}: this is a format of weights; write int{spec.bits}:tensor")
+            raise SpecError(f"{name} {spec}: this is a format of weights; write int{spec.bits}:tensor")
         if isinstance(spec, QuantSpec) and spec.granularity in ("group", "channel"):
             raise SpecError(
                 f"{name} {spec}: activations have one range a tensor or a token; write int{spec.bits}:tensor"

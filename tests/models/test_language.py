@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import dither
+from dither.errors import SpecError
+from dither.inspection import inspect
 from dither.models.layers import is_layer, matrix_shape, set_weight_matrix, weight_matrix
 from dither.nn.linear import QuantizedLinear
 from dither.storage import write_network
@@ -122,3 +124,39 @@ def test_layers_may_be_called_with_named_arguments() -> None:
     remarks = {row["name"]: row["reason"] for row in result.report.data["coverage"]}
     assert remarks["0.norm"] == "reparameterized with 1 layers"
     torch.testing.assert_close(result.model(x), model(x), rtol=0.1, atol=0.1)
+
+
+def test_an_interrupted_run_over_experts_goes_on_where_it_was(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    network = tiny("MixtralForCausalLM")
+    batches, output = [network.batch(2)], tmp_path / "out"
+
+    def interrupt(_what: str, done: int, _of: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dither.quantize(network.model, "gptq", batches, output=output, progress=interrupt)
+    resumed = dither.quantize(network.model, "gptq", batches, output=output, resume=True).model.state_dict()
+    whole = dither.quantize(network.model, "gptq", batches).model.state_dict()
+    assert set(resumed) == set(whole) and all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_inspecting_and_planning_name_every_expert(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    network = tiny("MixtralForCausalLM")
+    network.model.save_pretrained(tmp_path)
+    names = [f"model.layers.1.mlp.experts.{part}.{k}" for k in range(4) for part in ("gate_up_proj", "down_proj")]
+    layers = {row["name"]: row["shape"] for row in inspect(tmp_path)["layers"]}
+    planned = {row["name"]: row["shape"] for row in dither.plan(tmp_path, "rtn", [network.batch(2)])["layers"]}
+    assert layers == planned and set(names) < set(layers) and layers[names[1]] == [32, 48]
+
+
+def test_a_format_that_a_method_cannot_fit_is_refused_before_anything_is_measured(tiny: Callable[..., Any]) -> None:
+    network = tiny("LlamaForCausalLM")
+    with pytest.raises(
+        SpecError, match=r"q_proj: nuq4:channel needs a method that fits a codebook, such as squeezellm"
+    ):
+        dither.plan(network.model, dither.RTN(weights="nuq4"), [network.batch(2)])
+    with pytest.raises(SpecError, match=r"erq stores weights as one of int, mxint, got nf4:g8; try int4"):
+        dither.plan(network.model, dither.METHODS["erq"](weights="nf4:g8"), [network.batch(2)])
+    with pytest.raises(SpecError, match=r"activations nf4:.*a format of weights; write int4:tensor"):
+        dither.plan(network.model, dither.RTN(activations="nf4:tensor"), [network.batch(2)])

@@ -30,7 +30,7 @@ _FORWARDS = (nn.Linear.forward, nn.Conv2d.forward)
 
 def is_layer(module: nn.Module) -> TypeGuard[Layer]:
     """Whether dither can store this module's weight as codes: a layer that computes as its base class does."""
-    if _is_conv1d(module):
+    if is_conv1d(module):
         return True
     return isinstance(module, nn.Linear | nn.Conv2d) and type(module).forward in _FORWARDS
 
@@ -40,7 +40,8 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     return is_layer(module) and not isinstance(module, nn.Conv2d)
 
 
-def _is_conv1d(module: nn.Module) -> TypeGuard[Conv1D]:
+def is_conv1d(module: nn.Module) -> TypeGuard[Conv1D]:
+    """Whether it is transformers' Conv1D, whose weight is the transposed matrix."""
     loaded = sys.modules.get("transformers.pytorch_utils")
     if loaded is None or not isinstance(module, loaded.Conv1D):
         return False
@@ -50,7 +51,7 @@ def _is_conv1d(module: nn.Module) -> TypeGuard[Conv1D]:
 def matrix_shape(layer: Layer) -> tuple[int, int]:
     """[o, i] of the weight as a matrix."""
     rows, columns = layer.weight.shape[0], layer.weight[0].numel()
-    return (columns, rows) if _is_conv1d(layer) else (rows, columns)
+    return (columns, rows) if is_conv1d(layer) else (rows, columns)
 
 
 def weight_matrix(layer: Layer, name: str) -> Float[Tensor, "o i"]:
@@ -60,7 +61,7 @@ def weight_matrix(layer: Layer, name: str) -> Float[Tensor, "o i"]:
         NonFiniteError: NaN or Inf in the weight.
     """
     weight = layer.weight.detach().flatten(1).float()
-    weight = weight.T.contiguous() if _is_conv1d(layer) else weight
+    weight = weight.T.contiguous() if is_conv1d(layer) else weight
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteError(f"{name}.weight holds NaN or Inf; repair or re-download the model")
     return weight
@@ -69,7 +70,7 @@ def weight_matrix(layer: Layer, name: str) -> Float[Tensor, "o i"]:
 def set_weight_matrix(layer: Layer, weight: Float[Tensor, "o i"], bias: Tensor | None) -> None:
     """Replace weight and bias of a full-precision layer in place; a bias is created where there was none."""
     with torch.no_grad():
-        layer.weight.copy_(weight.T if _is_conv1d(layer) else weight.reshape(layer.weight.shape))
+        layer.weight.copy_(weight.T if is_conv1d(layer) else weight.reshape(layer.weight.shape))
         if bias is not None:
             layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=False)
 
