@@ -29,6 +29,7 @@ from dither.formats.spec import QuantSpec, spec_field
 from dither.methods.base import Method
 from dither.models.layers import set_weight_matrix
 from dither.solvers.columns import round_by_columns, round_by_groups
+from dither.solvers.rounders import fit_group
 from dither.walk import Block, Inputs
 
 BASE = QuantSpec.parse("int4:channel:asym:tight:clampzero")  # AWQ's range convention for whatever a text leaves out
@@ -81,7 +82,7 @@ class AdaDim(Method):
         gram, spec = task.gram.quantized[: task.columns, : task.columns], stored.spec
         weight, how = task.weight.to(gram), (task.columns, self.damping, self.act_order)
         if axis == "outputs" and spec.granularity == "group":
-            rounded = round_by_groups(weight, gram, lambda column, _: fit_grid(column.float(), spec), spec, *how)
+            rounded = round_by_groups(weight, gram, lambda column, _: fit_group(column, spec), spec, *how)
         else:
             rounded = round_by_columns(weight, gram, stored.grid, *how)
         return LayerSolution(quantize(rounded.weight.float(), rounded.grid), task.bias, notes | rounded.notes)

@@ -1,9 +1,12 @@
 """GPTQ: round column by column, and let the columns that are left compensate each error.
 
 Source: Frantar et al., GPTQ, ICLR 2023, arXiv 2210.17323, Algorithm 1; act-order and static groups of the released
-code.
-Departs from the released code: activations are quantized too (as ERQ's comparison does), and the Gram is then that of
-the quantized inputs; dead columns are rounded to nearest; damping that fails climbs a ladder that the report shows.
+code. Without static groups each group's grid is fitted when its turn comes; under act-order such groups hold columns of
+like energy, and which column is in which group is stored.
+Departs from the released code: static groups are the default; a group fitted on the way sees every compensation made
+before, also what the released code has not applied yet within a block; activations are quantized too (as ERQ's
+comparison does), and the Gram is then that of the quantized inputs; dead columns are rounded to nearest; damping that
+fails climbs a ladder that the report shows.
 """
 
 from collections.abc import Iterable
@@ -13,11 +16,11 @@ from pydantic import Field
 
 from dither.calibrate import LayerSolution, LayerTask, solve_and_store
 from dither.engine.local import Engine
-from dither.formats.fit import fit_uniform
+from dither.formats.fit import fit_grid
 from dither.formats.qtensor import quantize
-from dither.formats.spec import Kind
 from dither.methods.base import Method
-from dither.solvers.columns import round_by_columns
+from dither.solvers.columns import round_by_columns, round_by_groups
+from dither.solvers.rounders import fit_group
 from dither.walk import Block, Inputs
 
 
@@ -25,9 +28,9 @@ class GPTQ(Method):
     """Column-by-column rounding; `damping` is in units of the mean diagonal of the Gram."""
 
     name: ClassVar[str] = "gptq"
-    kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint")
     inputs: Inputs = Field(default="quantized", description="the paper measures behind the quantized prefix")
-    act_order: bool = Field(default=True, description="columns of largest input energy first; groups stay static")
+    act_order: bool = Field(default=True, description="columns of largest input energy first")
+    static_groups: bool = Field(default=True, description="grids of the original weight; false: fitted on the way")
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01  # released code: percdamp
     reparameterize: bool = Field(default=False, description="RepQ-ViT's reparameterization first")
     round_zero_point: bool = True
@@ -40,10 +43,14 @@ class GPTQ(Method):
 
     def solve(self, task: LayerTask) -> LayerSolution:
         """One layer; without a Gram (grouped convolution) the nearest codes, which the notes say."""
-        grid = fit_uniform(task.weight, self.weight_spec(task.name))
+        spec, columns = self.weight_spec(task.name), task.columns
         if task.gram is None:
-            return LayerSolution(quantize(task.weight, grid), task.bias, {"rounding": "nearest: grouped convolution"})
-        columns = task.columns
+            stored = quantize(task.weight, fit_grid(task.weight, spec))
+            return LayerSolution(stored, task.bias, {"rounding": "nearest: grouped convolution"})
         gram = task.gram.quantized[:columns, :columns]
-        rounded = round_by_columns(task.weight.to(gram), gram, grid, columns, self.damping, self.act_order)
-        return LayerSolution(quantize(rounded.weight.float(), grid), task.bias, dict(rounded.notes))
+        weight, how = task.weight.to(gram), (columns, self.damping, self.act_order)
+        if self.static_groups or spec.granularity != "group":
+            rounded = round_by_columns(weight, gram, fit_grid(task.weight, spec), *how)
+        else:
+            rounded = round_by_groups(weight, gram, lambda group, _: fit_group(group, spec), spec, *how)
+        return LayerSolution(quantize(rounded.weight.float(), rounded.grid), task.bias, dict(rounded.notes))

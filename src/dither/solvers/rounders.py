@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dither.formats.codebook import Codebook
+from dither.formats.fit import fit_grid
 from dither.formats.grid import Grid, decode, encode, group_size
 from dither.formats.second_level import SecondLevel
 from dither.formats.spec import QuantSpec
@@ -135,6 +136,12 @@ class Keeping:
     def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
         """The entry itself where it is kept."""
         return torch.where(self.kept[place], column, self.inner.value(place, column))
+
+
+def fit_group(group: Float[Tensor, "o g"], spec: QuantSpec) -> Grid | Codebook:
+    """The grid of one group of a format: one cell a row, or one column of groups along the outputs."""
+    alone = spec if _along_outputs(spec) else spec.model_copy(update={"granularity": "channel", "group_size": None})
+    return fit_grid(group.float(), alone)
 
 
 def side_by_side(

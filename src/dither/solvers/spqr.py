@@ -20,7 +20,7 @@ from dither.formats.sparse import Sparse
 from dither.formats.spec import QuantSpec
 from dither.solvers.columns import Ordered, sweep
 from dither.solvers.outliers import filled_with_mean, leave_one_out_gains
-from dither.solvers.rounders import OnTheWay, Rounder, on_grid
+from dither.solvers.rounders import OnTheWay, Rounder, fit_group, on_grid
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class _Fit:
         if self.limit is not None:
             likely = leave_one_out_gains(group, self.sensitivity[columns], self.spec) > self.limit
             group = filled_with_mean(group, likely)
-        return fit_grid(group.float(), self.spec.model_copy(update={"granularity": "channel", "group_size": None}))
+        return fit_group(group, self.spec)
 
 
 def with_outliers(weight: Float[Tensor, "o i"], grid: Grid | Codebook, mask: Bool[Tensor, "o i"]) -> QTensor:
