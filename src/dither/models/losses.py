@@ -1,0 +1,58 @@
+"""The loss whose gradients say how much a weight matters, where nobody gives labels."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dither.errors import InputError
+
+Loss = Callable[[Any, Any], Tensor]  # (batch, what the model returned for it) → one number
+_IGNORED = -100
+
+
+def natural_loss(model: nn.Module) -> Loss:
+    """What a causal language model was trained for; for any other model, how sure it is of what it says."""
+    can_generate = getattr(model, "can_generate", None)
+    decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return next_token_loss if callable(can_generate) and can_generate() and decoder else own_prediction_loss
+
+
+def next_token_loss(batch: Any, output: Any) -> Float[Tensor, ""]:
+    """Mean cross-entropy of each token given those before it, in nats; masked (padding) tokens do not count.
+
+    Raises:
+        InputError: the batch holds no `input_ids`, or only one token to a sequence.
+    """
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise InputError("the loss of a language model needs batches of input_ids")
+    following: Int[Tensor, "b s"] = batch["input_ids"][:, 1:]
+    if not following.shape[1]:
+        raise InputError("the loss of a language model needs sequences of at least 2 tokens, one to predict")
+    if batch.get("attention_mask") is not None:
+        following = following.masked_fill(batch["attention_mask"][:, 1:] == 0, _IGNORED)
+    return functional.cross_entropy(_logits(output)[:, :-1].flatten(0, 1).float(), following.flatten())
+
+
+def own_prediction_loss(batch: Any, output: Any) -> Float[Tensor, ""]:
+    """Mean cross-entropy to the classes that the model itself prefers, as labels are not known.
+
+    Classes lie along the last axis, for maps [b, c, h, w] along the second.
+
+    Raises:
+        InputError: the model returns no logits.
+    """
+    logits = _logits(output).float()
+    rows = (logits.movedim(1, -1) if logits.ndim == 4 else logits).flatten(0, -2)
+    return functional.cross_entropy(rows, rows.detach().argmax(dim=-1))
+
+
+def _logits(output: Any) -> Tensor:
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    logits = getattr(first, "logits", first)
+    if not isinstance(logits, Tensor) or not torch.is_floating_point(logits) or logits.ndim < 2:
+        raise InputError(f"gradients need a model that returns logits, got {type(logits).__name__}")
+    return logits
