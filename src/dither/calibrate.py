@@ -21,19 +21,24 @@ from dither.nn.attention import AttentionOperands
 from dither.statistics.extremes import MinMax
 from dither.statistics.gram import Gram
 from dither.statistics.sample import RowSample
+from dither.statistics.sensitivity import Sensitivity
 from dither.transforms.reparameterize import reparameterization
 from dither.walk import Block, Inputs, LayerRecord
 
 
 @dataclass(frozen=True)
 class LayerTask:
-    """A layer to solve: its weight [o, i], bias and the Gram of its inputs (with ones appended if there is a bias)."""
+    """A layer to solve: its weight [o, i], bias and the Gram of its inputs (with ones appended if there is a bias).
+
+    `sensitivity` is there where the method asked the loss for it.
+    """
 
     name: str
     weight: Float[Tensor, "o i"]
     bias: Float[Tensor, " o"] | None
     gram: Gram | None
     reparameterized: bool = False
+    sensitivity: Sensitivity | None = None
 
     @property
     def columns(self) -> int:
@@ -136,9 +141,12 @@ def measure(
         block.ranges[name] = float(seen.low.amin()), float(seen.high.amax())
     measured = {name: found[first[name]].gram for name in specs if first[name] in found}
     tasks = [
-        LayerTask(name, block.weight(name), bias_of(block.layer(name)), measured.get(name), name in fitted)
+        LayerTask(
+            name, block.weight(name), bias_of(block.layer(name)), measured.get(name), name in fitted,
+            block.sensitivities.get(name),
+        )
         for name in specs
-    ]
+    ]  # fmt: skip
     return tasks, quantizers
 
 

@@ -10,6 +10,7 @@ from dither.engine.local import InProcess, ProcessPool
 from dither.methods.base import Method
 from dither.models.anatomy import Anatomy, Unit, read_anatomy
 from dither.models.coverage import coverage
+from dither.models.gradients import Gradients
 from dither.models.network import Network
 from dither.models.selection import matching, without
 from dither.nn.experts import unfuse
@@ -64,15 +65,20 @@ class Run:
     def walk(self, pool: InProcess | ProcessPool, spill_budget: int) -> None:
         """Quantize unit by unit."""
         self.expected = self.memory(spill_budget)
+        known = self.method.sensitivities(self.anatomy.layers, self._gradients(self.progress))
         blocks = walk(
             self.network.model, self.anatomy, self.network.run, self.data.batches, self.method.inputs, spill_budget,
-            self._restore, self._finish, self.network.load,
+            self._restore, self._finish, self.network.load, self._gradients(), known,
         )  # fmt: skip
         with self.network.by_hand([unit.name for unit in self.anatomy.units]):
             try:
                 self.method.run(blocks, pool)
             finally:
                 blocks.close()  # type: ignore[attr-defined]
+
+    def _gradients(self, progress: Progress | None = None) -> Gradients:
+        resident = self.network.weights is None
+        return Gradients(self.network.model, self.network.run, self.data.batches, None, resident, progress)
 
     def _restore(self, unit: Unit) -> bool:
         kept = None if self.unfinished is None else self.unfinished.restore(self.network.model, unit)

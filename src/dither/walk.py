@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from dither.errors import InputError, NonFiniteError
 from dither.formats.qtensor import QTensor
 from dither.models.anatomy import Anatomy, Unit
 from dither.models.forward import Stream, suspended_at
+from dither.models.gradients import Gradients
 from dither.models.layers import Layer, given_input, input_rows, is_layer, is_routed, quantized, weight_matrix
 from dither.models.links import Chain, Links, find_chains, find_links, shared_inputs
 from dither.models.spill import Spill, tensors_in
@@ -24,6 +26,7 @@ from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands, operands_seen, quantize_attention
 from dither.nn.experts import everyone_called
 from dither.nn.linear import cache_weights
+from dither.statistics.sensitivity import Sensitivity
 
 Inputs = Literal["fp", "quantized", "both"]
 _STREAMS: dict[Inputs, tuple[str, ...]] = {
@@ -75,6 +78,8 @@ class Block:
     streams: Mapping[str, Stream]
     parent: nn.Module
     entry: str  # the layer that reads the network's own input
+    backward: Gradients
+    sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)  # of layers, found before the walk
     records: list[LayerRecord] = field(default_factory=list)
     operand_records: list[dict[str, Any]] = field(default_factory=list)
     remarks: dict[str, str] = field(default_factory=dict)  # module name → what was done to it, or why not
@@ -161,6 +166,18 @@ class Block:
             for handle in handles:
                 handle.remove()
 
+    def gradients(self, measures: Mapping[str, Callable[[Tensor], S]], samples: int | None = None) -> dict[str, S]:
+        """Accumulate a statistic of the gradient of each named layer's weight, behind the quantized prefix.
+
+        The whole network runs, forward and backward, on the first `samples` samples, one by one; units that the walk
+        has not reached are in full precision. Layers that are stored already have no gradient.
+
+        Raises:
+            NonFiniteError: NaN or Inf in an input, the loss or a gradient; the message names the layer.
+            InputError: the weights are not all in memory.
+        """
+        return self.backward.accumulate(measures, samples)
+
     def observe_attention(self, owner: str, measure: Callable[[Tensor], S], inputs: Inputs = "fp") -> dict[str, S]:
         """Accumulate a statistic of each operand of the attention that `owner` computes."""
         self._check(inputs)
@@ -244,16 +261,22 @@ def walk(
     restore: Callable[[Unit], bool] = lambda unit: False,
     on_done: Callable[[Block], None] = lambda block: None,
     load: Callable[[str], None] = lambda unit: None,
+    gradients: Gradients | None = None,
+    sensitivities: Mapping[str, Sensitivity] | None = None,
 ) -> Iterator[Block]:
     """Visit the units of `model`, which is quantized in place.
 
     `run` calls the model on a batch. `load` brings a unit's tensors into memory. `restore` puts a unit's earlier result
     into the model and says so; such a unit is not yielded. `on_done` gets every finished block. Activations beyond
-    `spill_budget` bytes wait on disk.
+    `spill_budget` bytes wait on disk. Blocks ask `gradients` (by default of the model's natural loss) for theirs, and
+    have the `sensitivities` of their layers, by name.
     """
     names = _STREAMS[inputs]
     units = {unit.name: unit for unit in anatomy.units}
     streams: dict[str, Stream] = {}
+    backward = Gradients(model, run, batches) if gradients is None else gradients
+    known = {} if sensitivities is None else sensitivities
+    block = partial(Block, streams=streams, entry=anatomy.entry, backward=backward, sensitivities=known)
     protected = [*model.parameters(), *model.buffers(), *tensors_in(list(batches))]  # others read them meanwhile
     with Spill(spill_budget, protected) as spill, suspended_at(model, list(units)):
         try:
@@ -261,7 +284,7 @@ def walk(
                 streams[name] = Stream(run, batches, spill)
             while (current := streams[names[0]].unit) is not None:
                 load(current)
-                yield from _visit(model, anatomy, units[current], streams, restore, on_done)
+                yield from _visit(model, units[current], streams, block, restore, on_done)
         finally:
             for stream in streams.values():
                 stream.close()
@@ -269,9 +292,9 @@ def walk(
 
 def _visit(
     model: nn.Module,
-    anatomy: Anatomy,
     unit: Unit,
     streams: dict[str, Stream],
+    make: Callable[..., Block],
     restore: Callable[[Unit], bool],
     on_done: Callable[[Block], None],
 ) -> Iterator[Block]:
@@ -281,7 +304,8 @@ def _visit(
     if restore(unit):
         module = model.get_submodule(unit.name)
     else:
-        block = Block(unit, module, reference, streams, model.get_submodule(holder) if holder else model, anatomy.entry)
+        parent = model.get_submodule(holder) if holder else model
+        block = make(unit=unit, module=module, reference=reference, parent=parent)
         yield block
         module = block.module
         on_done(block)

@@ -1,6 +1,6 @@
 """What every method is: a frozen, validated configuration with one `run`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar
 
@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dither.calibrate import LayerTask, measure, quantize_operands, reparameterize
 from dither.engine.local import Engine
 from dither.formats.spec import WEIGHT_PERCENTILES, Kind, QuantSpec, read_spec, spec_field
+from dither.models.gradients import Gradients
 from dither.nn.activation import ActivationQuantizer
+from dither.statistics.sensitivity import Sensitivity
 from dither.walk import Block, Inputs
 
 # ERQ's long list of percentiles serves every method, so that all search their ranges alike
@@ -57,6 +59,13 @@ class Method(BaseModel):
     def run(self, blocks: Iterable[Block], engine: Engine) -> None:
         """Quantize every block that the walk gives, in place."""
         raise TypeError(f"{type(self).__name__} does not define run")
+
+    def sensitivities(self, layers: Sequence[str], gradients: Gradients) -> Mapping[str, Sensitivity]:
+        """What the method asks of the whole full-precision network before the walk, by layer; nothing by default.
+
+        A resumed run asks again, so the answer must follow from network and calibration data alone.
+        """
+        return {}
 
     def measure(
         self, block: Block, reparameterized: bool = False, round_zero_point: bool = True
