@@ -44,7 +44,7 @@ def fit_codebook(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Codebook:
         raise SpecError(f"{spec} needs a method that fits a codebook to the weights, such as squeezellm")
     rows, columns = weight.shape
     row_of, column_of = row_index(spec, rows, weight.device), column_index(spec, columns, weight.device)
-    largest = _cells(weight, spec).abs().amax(dim=1).reshape(grid_shape(spec, rows, columns))
+    largest = as_cells(weight, spec).abs().amax(dim=1).reshape(grid_shape(spec, rows, columns))
     if spec.second_level is None:
         return Codebook.of_scale(spec, stored_scale(largest, spec), row_of, column_of)
     second = SecondLevel.of(largest, *spec.second_level, positive=True)
@@ -67,8 +67,8 @@ def fit_uniform(weight: Float[Tensor, "o i"], spec: QuantSpec, importance: Float
     if spec.dual:
         return _fit_dual(weight, spec, importance)
     rows, columns = weight.shape
-    cells, shape = _cells(weight, spec), grid_shape(spec, rows, columns)
-    weighed = _cells(importance.expand(rows, columns), spec)
+    cells, shape = as_cells(weight, spec), grid_shape(spec, rows, columns)
+    weighed = as_cells(importance.expand(rows, columns), spec)
     low, high = (bound.reshape(shape) for bound in search_range(cells, spec, importance=weighed))
     device = weight.device
     return grid_of_ranges(low, high, spec, row_index(spec, rows, device), column_index(spec, columns, device))
@@ -98,7 +98,7 @@ def grid_of_ranges(
     return Grid(spec, scale, second.decode().to(low), row_of, column_of, first, second)
 
 
-def _cells(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Float[Tensor, "n m"]:
+def as_cells(weight: Float[Tensor, "o i"], spec: QuantSpec) -> Float[Tensor, "n m"]:
     """The matrix as cells in the order of the grid's [R, C]."""
     rows, columns = weight.shape
     if spec.granularity == "tensor":

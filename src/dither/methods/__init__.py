@@ -9,19 +9,24 @@ from dither.methods.base import Method
 from dither.methods.billm import BiLLM
 from dither.methods.erq import ERQ
 from dither.methods.gptq import GPTQ
+from dither.methods.gwq import GWQ
 from dither.methods.hqq import HQQ
 from dither.methods.lorc import LoRC
+from dither.methods.oac import OAC
 from dither.methods.qera import QERA
 from dither.methods.repq import RepQ
 from dither.methods.rtn import RTN
 from dither.methods.spqr import SpQR
+from dither.methods.squeezellm import SqueezeLLM
 
 __all__ = [
     "AWQ",
     "ERQ",
     "GPTQ",
+    "GWQ",
     "HQQ",
     "METHODS",
+    "OAC",
     "PRESETS",
     "QERA",
     "RTN",
@@ -31,6 +36,7 @@ __all__ = [
     "Method",
     "RepQ",
     "SpQR",
+    "SqueezeLLM",
     "method_class",
     "preset",
 ]
@@ -47,6 +53,9 @@ METHODS: dict[str, type[Method]] = {
     "spqr": SpQR,
     "billm": BiLLM,
     "adadim": AdaDim,
+    "squeezellm": SqueezeLLM,
+    "gwq": GWQ,
+    "oac": OAC,
 }
 
 
