@@ -14,6 +14,8 @@ from dither.errors import InputError
 from dither.methods import GPTQ, OAC, RTN
 from dither.models.gradients import Gradients
 from dither.models.network import open_network
+from dither.recipe import build_method
+from dither.solvers.binary import BinarySettings, round_binary
 from dither.statistics.sensitivity import Sensitivity
 
 TWO_BITS = "int2:g16:asym:tight:realzero:minmax"
@@ -109,6 +111,20 @@ def test_it_errs_least_in_its_own_measure_and_rounding_to_nearest_most() -> None
     errors = [error(weight, one.weight.dequantize(), moment) for one in found]
     assert errors == sorted(errors, reverse=True)
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_binary_weights_are_billms_and_only_its() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 32, generator=generator)
+    mixed = torch.randn(48, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    task = LayerTask("fc", weight, None, None, sensitivity=Sensitivity(hessian=mixed.T @ mixed))
+    method = build_method("oac-billm", {"weights": "nuq2:g16:dual"})
+    stored = method.solve(task).weight  # type: ignore[attr-defined]
+    settings = BinarySettings()
+    expected, _ = round_binary(weight.double(), (mixed.T @ mixed).double(), method.weights, 0.01, False, settings)
+    assert torch.equal(stored.codes, expected.codes)
+    with pytest.raises(InputError, match=r"nuq2:g16:dual needs solver=billm"):
+        build_method("oac", {"weights": "nuq2:g16:dual"})
 
 
 def test_a_layer_whose_gradients_have_not_been_taken_is_refused() -> None:

@@ -112,6 +112,21 @@ def test_a_convolution_gives_a_matrix_and_samples_of_any_nesting_are_cut(tiny: C
         assert torch.equal(found[0][name].squares, found[2][name].squares)
 
 
+def test_a_layer_that_stores_its_weight_the_other_way_gives_the_same_matrix() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    linear, turned = nn.Linear(3, 3), Conv1D(3, 3)
+    with torch.no_grad():
+        turned.weight.copy_(linear.weight.T)
+        turned.bias.copy_(linear.bias)
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    found = []
+    for layer in (linear, turned):
+        model = nn.Sequential(layer)
+        found.append(Gradients(model, model, [x]).accumulate({"0": Fisher.of})["0"].squares)
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_half_precision_gradients_are_scaled_and_the_scale_divided_out(tiny: Callable[..., Any]) -> None:
     network = tiny("LlamaForCausalLM")
     gradients, layers = opened(network, [network.batch(1)])

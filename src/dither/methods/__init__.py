@@ -65,6 +65,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "erq-v2": ("erq", {"dual": True, "rounding": "halves", "inputs": "fp", "range_by": "weight"}),
     "qera-approx": ("qera", {"scale": "approx"}),
     "lqer": ("qera", {"scale": "lqer"}),
+    "oac-billm": ("oac", {"solver": "billm", "weights": "nuq2:g128:dual", "damping": 0.01, "act_order": False}),
     "spqr-3bit": ("spqr", {"weights": "int3:g8:asym:tight:realzero:s3.64", "threshold": 0.6}),
 }
 

@@ -7,7 +7,8 @@ it takes the place of the inputs' Gram in a Hessian-based solver (SpQR for 2 bit
 H = mean over sequences of GᵀG, with G [o, i] the gradient of one sequence's loss; no public code exists.
 [choice] Two phases for each block: gradients of the whole network with the blocks before it quantized, then the solver;
 `gradients="once"` takes all gradients of the full-precision network in one pass instead. The default is SpQR's loop at
-2 bits by groups of 128 with statistics in 3 bits by 16 rows; the solver's own settings are those of its method.
+2 bits by groups of 128 with statistics in 3 bits by 16 rows; the solver's own settings are those of its method (the
+preset `oac-billm` is BiLLM's loop, where layers of another than its format are rounded column by column).
 Damping is in units of the mean diagonal, as this Hessian's spectrum is more skewed than a Gram's. Models other than
 language models are asked for the cross-entropy to their own prediction.
 Departs from the paper: float32 instead of half-precision gradients, so no loss scale is needed.
@@ -18,17 +19,18 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dither.calibrate import LayerSolution, LayerTask, solve_and_store
 from dither.engine.local import Engine
-from dither.errors import InputError
-from dither.formats.fit import fit_uniform
+from dither.errors import InputError, SpecError
+from dither.formats.fit import fit_grid
 from dither.formats.qtensor import QTensor, quantize
-from dither.formats.spec import QuantSpec, spec_field
+from dither.formats.spec import Kind, QuantSpec, spec_field
 from dither.methods.base import Method
 from dither.models.gradients import Gradients
+from dither.solvers.binary import BinarySettings, round_binary
 from dither.solvers.columns import round_by_columns
 from dither.solvers.spqr import round_with_outliers
 from dither.statistics.gradients import GradientGram
@@ -43,6 +45,7 @@ class OAC(Method):
     """A Hessian-based solver on the Hessian of the output's cross-entropy."""
 
     name: ClassVar[str] = "oac"
+    kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint", "nf", "fp", "nuq")
     weights: OACSpec = Field(
         default="int2:g128:asym:tight:realzero:s3.16",  # type: ignore[assignment]
         description="what layers are stored as; sB.G quantizes the scales",
@@ -53,11 +56,19 @@ class OAC(Method):
         default="block", description="taken behind the quantized prefix of each block, or once before all"
     )
     samples: Annotated[int, Field(ge=1)] = Field(default=128, description="sequences whose gradients are taken")
-    solver: Literal["spqr", "gptq"] = Field(default="spqr", description="what rounds by the Hessian")
+    solver: Literal["spqr", "gptq", "billm"] = Field(default="spqr", description="what rounds by the Hessian")
     act_order: bool = True
     damping: Annotated[float, Field(gt=0, le=10)] = 0.1
     threshold: Annotated[float, Field(gt=0)] = Field(default=0.2, description="of SpQR's outliers")
     leave_one_out: bool = Field(default=True, description="SpQR's likely outliers stay out of their group's range")
+
+    @model_validator(mode="after")
+    def _binary_is_billm(self) -> "OAC":
+        """Binary weights are stored as tables of levels, and nothing else is."""
+        tables = [spec for spec in (self.weights, *self.overrides.values()) if spec.kind == "nuq"]
+        if tables and self.solver != "billm":
+            raise SpecError(f"{tables[0]} needs solver=billm, which stores binary weights as nuq2:gN:dual")
+        return self
 
     def sensitivities(self, layers: Sequence[str], gradients: Gradients) -> Mapping[str, Sensitivity]:
         """The Hessians of all layers, if they are to be found once."""
@@ -90,12 +101,15 @@ class OAC(Method):
     def _round(
         self, weight: Float[Tensor, "o i"], hessian: Float[Tensor, "i i"], spec: QuantSpec
     ) -> tuple[QTensor, dict[str, Any]]:
+        """The stored weight, and what the solver noted."""
+        if spec.kind == "nuq":
+            return round_binary(weight, hessian, spec, self.damping, self.act_order, BinarySettings())
         if self.solver == "spqr":
             stored, notes = round_with_outliers(
                 weight, hessian, spec, self.damping, self.act_order, self.threshold, self.leave_one_out
             )
             return stored, dict(notes)
-        grid = fit_uniform(weight.float(), spec)
+        grid = fit_grid(weight.float(), spec)
         rounded = round_by_columns(weight, hessian, grid, weight.shape[1], self.damping, self.act_order)
         return quantize(rounded.weight.float(), grid), dict(rounded.notes)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dither.errors import InputError, NonFiniteError
-from dither.models.layers import input_rows, is_layer, weight_matrix
+from dither.models.layers import Layer, as_matrix, given_input, input_rows, is_layer, weight_matrix
 from dither.models.losses import Loss, natural_loss
 from dither.nn.linear import cache_weights
 from dither.statistics.base import as_rows
@@ -111,11 +111,19 @@ class Gradients:
         for batch in self.batches:
             yield from (_row(batch, index, _rows(batch)) for index in range(_rows(batch)))
 
-    def _layer(self, name: str) -> nn.Linear | nn.Conv2d:
+    def _layer(self, name: str) -> Layer:
         layer = self.model.get_submodule(name)
         if not is_layer(layer):
             raise TypeError(f"{name} is a {type(layer).__name__}, not a layer in full precision")
         return layer
+
+    def _matrix(self, name: str, gradient: Tensor | None) -> Float[Tensor, "o i"]:
+        if gradient is None:
+            raise TypeError(f"no gradient of {name}")
+        matrix = as_matrix(self._layer(name), gradient)
+        if not bool(torch.isfinite(matrix).all()):
+            raise NonFiniteError(f"the gradient of {name}.weight holds NaN or Inf; try the model in float32")
+        return matrix
 
     def _backward(self, sample: Any, layers: Sequence[str], arrive: Callable[[str, Tensor], None]) -> None:
         """One pass; `arrive` gets each layer's gradient as soon as it is there."""
@@ -130,7 +138,7 @@ class Gradients:
             def take(leaf: Tensor) -> None:
                 gradient, leaf.grad = leaf.grad, None
                 missing.discard(name)
-                arrive(name, _matrix(name, gradient, scale))
+                arrive(name, self._matrix(name, gradient) / scale)
 
             return take
 
@@ -151,15 +159,15 @@ class Gradients:
         """Name the first layer whose input is not finite."""
 
         def check(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any) -> None:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
                 try:
-                    as_rows(input_rows(self._layer(name), args[0]))
+                    as_rows(input_rows(self._layer(name), given_input(args, kwargs)))
                 except NonFiniteError as error:
                     raise NonFiniteError(f"input of {name}: {error}") from None
 
             return hook
 
-        handles = [self._layer(name).register_forward_pre_hook(check(name)) for name in layers]
+        handles = [self._layer(name).register_forward_pre_hook(check(name), with_kwargs=True) for name in layers]
         try:
             self.run(sample)
         finally:
@@ -169,7 +177,7 @@ class Gradients:
 
 
 @contextmanager
-def _leaves(layers: Mapping[str, nn.Linear | nn.Conv2d], model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+def _leaves(layers: Mapping[str, Layer], model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """While open, these layers' weights alone ask for gradients: stand-ins on the same memory, no longer tied."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = {name: layer.get_parameter("weight") for name, layer in layers.items()}
@@ -194,15 +202,6 @@ def _decoded(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         cache_weights(model, False)
-
-
-def _matrix(name: str, gradient: Tensor | None, scale: float) -> Float[Tensor, "o i"]:
-    if gradient is None:
-        raise TypeError(f"no gradient of {name}")
-    matrix = gradient.detach().flatten(1).float() / scale
-    if not bool(torch.isfinite(matrix).all()):
-        raise NonFiniteError(f"the gradient of {name}.weight holds NaN or Inf; try the model in float32")
-    return matrix
 
 
 def _rows(batch: Any) -> int:

@@ -60,11 +60,16 @@ def weight_matrix(layer: Layer, name: str) -> Float[Tensor, "o i"]:
     Raises:
         NonFiniteError: NaN or Inf in the weight.
     """
-    weight = layer.weight.detach().flatten(1).float()
-    weight = weight.T.contiguous() if is_conv1d(layer) else weight
+    weight = as_matrix(layer, layer.weight)
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteError(f"{name}.weight holds NaN or Inf; repair or re-download the model")
     return weight
+
+
+def as_matrix(layer: Layer, x: Tensor) -> Float[Tensor, "o i"]:
+    """A tensor of the shape of the layer's weight (its gradient, say) as a float32 matrix."""
+    matrix = x.detach().flatten(1).float()
+    return matrix.T.contiguous() if is_conv1d(layer) else matrix
 
 
 def set_weight_matrix(layer: Layer, weight: Float[Tensor, "o i"], bias: Tensor | None) -> None:
