@@ -72,6 +72,17 @@ def test_a_streamed_run_writes_the_same_bytes_in_the_same_shards(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_experts_are_streamed_stored_one_by_one_or_as_one_turned_and_with_biases(
+    tiny: Callable[..., Any], batches: list[Any], tmp_path: Path, name: str
+) -> None:
+    tiny(name).model.bfloat16().save_pretrained(tmp_path / "experts", max_shard_size="20KB")
+    for output, stream in (("whole", False), ("streamed", True)):
+        result = dither.quantize(tmp_path / "experts", "gptq", batches, output=tmp_path / output, stream=stream)
+    assert written(tmp_path / "whole") == written(tmp_path / "streamed")
+    assert any(".experts.down_proj.1" in row["name"] for row in result.report.data["layers"])
+
+
 def test_the_result_of_a_streamed_run_answers_and_can_be_saved_again(
     llama: Path, batches: list[Any], tmp_path: Path
 ) -> None:

@@ -37,8 +37,7 @@ class Run:
         self.operands: list[dict[str, Any]] = []
         self.remarks: dict[str, str] = {}
         self.done, self.expected = 0, 0
-        if network.weights is None:  # a model read block by block has the experts of its folder
-            unfuse(network.model)
+        unfuse(network.model)
         with sizes_seen(network.model) as self.sizes:
             self.anatomy = self._read()
 

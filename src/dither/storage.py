@@ -145,7 +145,7 @@ def verify(network: Network, folder: Path, structure: Mapping[str, Any]) -> None
         raise StorageError(f"{str(folder)!r} does not hold what was written: {differing}")
     for name in stored.places:
         if not torch.equal(stored.read(name), network.tensor(name).cpu()):
-            raise StorageError(f"{str(stored.places[name].path)!r}: tensor {name} was read back different")
+            raise StorageError(f"{str(stored.places[name][0].path)!r}: tensor {name} was read back different")
     for name, entry in structure["layers"].items():
         parts = {
             key: stored.read(f"{name}.packed.{key}")

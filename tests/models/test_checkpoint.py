@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from dither.errors import StorageError
-from dither.models.checkpoint import INDEX, Checkpoint
+from dither.models.checkpoint import INDEX, Checkpoint, Place
 
 
 @pytest.fixture
@@ -50,6 +50,17 @@ def test_a_part_is_exchanged_by_its_prefix_and_names_can_be_changed(sharded: Pat
     assert torch.equal(changed.read("oneself"), torch.tensor([7]))
     assert set(changed.places) == {"one.x", "oneself"}
     assert torch.equal(checkpoint.read("one.y"), torch.tensor([7]))
+
+
+def test_matrices_stored_as_one_are_read_alone_turned_and_joined(tmp_path: Path) -> None:
+    path, stack = tmp_path / "stack.safetensors", torch.arange(24.0).reshape(2, 3, 4)
+    save_file({"stack": stack}, path)
+    second, turned = Place(path, "stack", 1), Place(path, "stack", 0, transposed=True)
+    checkpoint = Checkpoint({"second": (second,), "turned": (turned,), "both": (Place(path, "stack", 0), second)})
+    assert torch.equal(checkpoint.read("second"), stack[1])
+    assert torch.equal(checkpoint.read("turned", torch.float16), stack[0].T.half())
+    assert checkpoint.read("turned").stride() == (1, 4)  # as the model itself sees it, so that products are the same
+    assert torch.equal(checkpoint.read("both"), stack.reshape(6, 4))
 
 
 def test_what_is_missing_or_damaged_is_named(sharded: Path, tmp_path: Path) -> None:

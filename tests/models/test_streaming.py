@@ -1,5 +1,6 @@
 """Parts that come from files: one in memory at a time, the same answers, and a clear word where it cannot be done."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from torch import nn
 
 from dither.errors import InputError
 from dither.models import streaming
@@ -109,14 +109,16 @@ def test_a_model_of_more_than_half_of_the_memory_exceeds_it(
     assert not exceeds_memory(folder / "nowhere", torch.device("cpu"))
 
 
-def test_a_model_whose_tensors_are_stored_otherwise_is_not_streamed(folder: Path, demo_model_folder: Path) -> None:
-    import transformers
-
-    settings = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 20}
-    config = transformers.MixtralConfig(
-        **settings, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, max_position_embeddings=8
-    )
-    transformers.MixtralForCausalLM(config).save_pretrained(folder / "moe")
-    with pytest.raises(InputError, match=r"cannot be read block by block: it does not store .*experts"):
-        open_network(folder / "moe", stream=True)
-    assert isinstance(open_network(folder / "moe").model, nn.Module)
+def test_what_lacks_a_tensor_is_not_streamed_and_neither_is_what_is_quantized_already(
+    folder: Path,
+) -> None:
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())
+    del places["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(places))
+    with pytest.raises(InputError, match=r"cannot be read block by block: it does not store model\.norm\.weight"):
+        open_network(folder, stream=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "dither"}}))
+    with pytest.raises(InputError, match="only full-precision transformers models can"):
+        open_network(folder, stream=True)

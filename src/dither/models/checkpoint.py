@@ -20,16 +20,18 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Place(NamedTuple):
-    """Where a tensor is stored: the file and the name it has there."""
+    """Where a tensor is stored: the file and its name there; or one of the matrices that are stored there as one."""
 
     path: Path
     name: str
+    part: int | None = None
+    transposed: bool = False
 
 
 class Checkpoint:
-    """Tensors by name, each with its place."""
+    """Tensors by name, each with its place, or with several whose rows come one after the other."""
 
-    def __init__(self, places: Mapping[str, Place]) -> None:
+    def __init__(self, places: Mapping[str, tuple[Place, ...]]) -> None:
         """`places` says where each tensor is stored."""
         self.places = dict(places)
 
@@ -44,7 +46,7 @@ class Checkpoint:
             return cls.of_files([folder / WEIGHTS])
         try:
             found = json.loads((folder / INDEX).read_text())["weight_map"]
-            return cls({str(name): Place(folder / Path(file).name, str(name)) for name, file in found.items()})
+            return cls({str(name): (Place(folder / Path(file).name, str(name)),) for name, file in found.items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(f"{str(folder / INDEX)!r} cannot be read: {error}") from None
 
@@ -55,10 +57,10 @@ class Checkpoint:
         Raises:
             StorageError: one of them cannot be read.
         """
-        places: dict[str, Place] = {}
+        places: dict[str, tuple[Place, ...]] = {}
         for path in paths:
             with _opened(path) as file:
-                places |= {name: Place(path, name) for name in file.keys()}
+                places |= {name: (Place(path, name),) for name in file.keys()}
         return cls(places)
 
     def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
@@ -78,13 +80,8 @@ class Checkpoint:
         """
         if name not in self.places:
             raise StorageError(f"tensor {name} is missing in {', '.join(repr(str(path)) for path in self.paths[:2])}")
-        place = self.places[name]
-        with _opened(place.path) as file:
-            try:
-                stored: Tensor = file.get_tensor(place.name)
-            except SafetensorError as error:
-                raise StorageError(f"{str(place.path)!r}: tensor {place.name} cannot be read: {error}") from None
-            return stored.to(device, dtype or stored.dtype, copy=True)
+        parts = [_read(place, dtype, device) for place in self.places[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def read_all(self) -> dict[str, Tensor]:
         """Every tensor, as stored."""
@@ -105,12 +102,23 @@ class Checkpoint:
     @property
     def paths(self) -> list[Path]:
         """The files, each once."""
-        return list(dict.fromkeys(place.path for place in self.places.values()))
+        return list(dict.fromkeys(place.path for places in self.places.values() for place in places))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the files."""
         return sum(path.stat().st_size for path in self.paths)
+
+
+def _read(place: Place, dtype: torch.dtype | None, device: str | torch.device) -> Tensor:
+    with _opened(place.path) as file:
+        try:
+            whole = place.part is None
+            stored: Tensor = file.get_tensor(place.name) if whole else file.get_slice(place.name)[place.part]
+        except SafetensorError as error:
+            raise StorageError(f"{str(place.path)!r}: tensor {place.name} cannot be read: {error}") from None
+        read = stored.to(device, dtype or stored.dtype, copy=True)
+    return read.T if place.transposed else read
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from dither.models.checkpoint import Checkpoint
 from dither.models.skeleton import fitted, skeleton
 from dither.models.streaming import Streamed, state_tensor
 from dither.models.structure import rebuild
+from dither.nn.experts import unfuse
 
 CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
@@ -234,9 +235,12 @@ def _stream_transformers(
     for kind in _classes(folder, config):
         model = skeleton(kind, folder, dtype)
         try:
-            return Streamed(model, fitted(checkpoint, model, "it"), device)
+            found = fitted(checkpoint, model, "it")
         except InputError as error:
             lacking = lacking or str(error)
+            continue
+        unfuse(model)
+        return Streamed(model, found, device)
     raise InputError(f"{str(folder)!r} cannot be read block by block: {lacking}")
 
 
