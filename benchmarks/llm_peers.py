@@ -96,7 +96,8 @@ def run(bench: Bench, given: argparse.Namespace, bits: int, seed: int) -> dict[s
             "facts": str(folder / "facts.json"),
         }
         (folder / "job.json").write_text(json.dumps(job))
-        surroundings = os.environ | {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"}
+        passive = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}  # waiting threads are not counted as work
+        surroundings = os.environ | passive | {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"}
         subprocess.run([given.python, str(JOB), str(folder / "job.json")], check=True, cwd=folder, env=surroundings)
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
         perplexity = bench.measure(load_file(folder / "weights.safetensors"))

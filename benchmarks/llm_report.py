@@ -14,7 +14,8 @@ def peer_runs(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Runs of other tools on the same data, in the form of ours."""
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     same = [one for one in runs if all(one[key] == facts[key] for key in DATA)]
-    return [one | peer_names(one) for one in same]
+    elsewhere = dict.fromkeys(("time_s", "cpu_s", "peak_bytes"))  # costs on another device are not comparable
+    return [one | peer_names(one) | (elsewhere if one["device"] != facts["device"] else {}) for one in same]
 
 
 def peer_names(one: dict[str, Any]) -> dict[str, str]:
@@ -42,9 +43,14 @@ def rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "bits": statistics.fmean(one["bits_per_weight"] for one in group),
             "perplexity": statistics.fmean(known) if len(known) == len(group) else math.inf,
             "spread": statistics.stdev(known) if len(known) > 1 else None,
-            **{key: statistics.median(one[key] for one in group) for key in ("time_s", "cpu_s", "peak_bytes")},
+            **{key: _median([one[key] for one in group]) for key in ("time_s", "cpu_s", "peak_bytes")},
         })  # fmt: skip
     return sorted(made, key=lambda row: (-int(row["bits"]), row["perplexity"]))
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def table(made: list[dict[str, Any]], facts: dict[str, Any]) -> str:
@@ -72,9 +78,11 @@ def table(made: list[dict[str, Any]], facts: dict[str, Any]) -> str:
 def _line(row: dict[str, Any], reference: float) -> str:
     spread = "" if row["spread"] is None else f" ± {row['spread']:.2f}"
     gap = row["perplexity"] - reference
+    peak = row["peak_bytes"] and row["peak_bytes"] / 2**20
+    costs = " | ".join("–" if value is None else f"{value:.0f}" for value in (row["time_s"], row["cpu_s"], peak))
     return (
         f"| {row['label']} | {row['tool']} | {row['weights']} | {row['bits']:.3f} | {row['perplexity']:.2f}{spread} "
-        f"| {gap:+.2f} | {row['draws']} | {row['time_s']:.0f} | {row['cpu_s']:.0f} | {row['peak_bytes'] / 2**20:.0f} |"
+        f"| {gap:+.2f} | {row['draws']} | {costs} |"
     )
 
 
