@@ -24,6 +24,7 @@ TARGETS = {
     "gguf": ("gguf", "write"),
     "onnx": ("onnx", "write"),
     "dequantized": ("dequantized", "write"),
+    "peft": ("peft", "write"),
 }
 Progress = Callable[[str, int, int], None]  # (layer, layers read back, in all)
 
@@ -33,9 +34,10 @@ def export(
 ) -> dict[str, Any]:
     """Write a result, or the folder that one was saved in, for another runtime; returns what was written.
 
-    `to` is compressed-tensors (vLLM, SGLang, transformers), gptq or gptq-v2, gguf (llama.cpp), onnx (ONNX Runtime) or
-    dequantized (16-bit weights for any program). `dtype` is that of scales and of what was kept; `auto` rounds no
-    scale. Every weight is decoded from the file by a reader of its own and compared with the result.
+    `to` is compressed-tensors (vLLM, SGLang, transformers), gptq or gptq-v2, gguf (llama.cpp), onnx (ONNX Runtime),
+    dequantized (16-bit weights for any program) or peft (low-rank terms as an adapter). `dtype` is that of scales and
+    of what was kept; `auto` rounds no scale. Every weight is decoded from the file by a reader of its own and compared
+    with the result.
 
     Raises:
         SpecError, InputError: the target cannot hold a layer; the message names it, the reason and what to do instead.
@@ -116,6 +118,6 @@ def _remove(folder: Path, existed: bool) -> None:
     """Leave nothing that looks finished; a folder that was there, empty, stays."""
     with suppress(OSError):
         for path in folder.iterdir() if existed else ():
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         if not existed:
             shutil.rmtree(folder)
