@@ -61,6 +61,9 @@ def test_the_independent_reader_decodes_every_format(text: str) -> None:
     unpacked = QTensor.unpack(tensor.pack(), tensor.layout)
     assert torch.equal(unpacked.dequantize(), tensor.dequantize())
     assert torch.equal(read(tensor), tensor.dequantize())
+    again = unpacked.pack()
+    assert set(again) == set(tensor.pack())
+    assert all(torch.equal(again[name], part) for name, part in tensor.pack().items())
 
 
 @pytest.mark.parametrize("text", ["int4:asym", "nf4:g4:s8.4", "nuq2:g4:dual", "mxint3:g4"])
