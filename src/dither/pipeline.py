@@ -25,6 +25,7 @@ from dither.provenance import model_sha256, provenance
 from dither.recipe import parse_method, resolved
 from dither.result import Report, Result
 from dither.run import Progress, Run
+from dither.runtime_rules import findings, refuse
 from dither.unfinished import Unfinished, check_output
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def quantize(
     spill_budget: int = SPILL_BUDGET,
     evaluation: str | Path | DataSet | None = None,
     evaluate_count: int | None = None,
+    runtime: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Quantize a model; a module that is given is not changed, its copy is.
@@ -55,7 +57,8 @@ def quantize(
     pictures, or sequences of `length` tokens, are drawn from it by `seed`. With `output`, finished units are written
     at once, so that `resume` goes on after an interruption, and the result is saved there. `evaluation` data (or
     `evaluate_count` of them) compare the result with the full-precision model once it is saved; the report then says
-    how they differ. `stream` reads a folder block by block, for models larger than memory; None does it where the
+    how they differ. `runtime` names where the result is to run: what would not run there is refused before the work
+    begins. `stream` reads a folder block by block, for models larger than memory; None does it where the
     whole would take more than half of the memory.
     """
     started = perf_counter()
@@ -66,6 +69,8 @@ def quantize(
     stream = False if output is None else stream
     run, seen = _begin(model, method, calibration, count, seed, batch_size, device, length, stream)
     run.progress, network = progress, run.network
+    if runtime is not None:
+        refuse(findings(network, run.anatomy, run.method, runtime), runtime)
     facts = provenance(model_sha256(network.tensors()), run.data, seed, network.device)
     exam = None if evaluation is None else _prepare(network, evaluation, evaluate_count, seen, progress)
     if output is not None:
@@ -115,14 +120,16 @@ def plan(
     batch_size: int = 32,
     device: str | torch.device | None = None,
     stream: bool | None = None,
+    runtime: str | None = None,
 ) -> dict[str, Any]:
     """What `quantize` would do with the same arguments: layers, sizes, kept layers and why, memory and time.
 
-    Nothing is written; whatever is wrong with the model, the recipe or the pictures is found here.
+    Nothing is written; whatever is wrong with the model, the recipe or the data is found here. `findings` say what
+    keeps the result from running in `runtime`, or makes it slow there.
     """
     run, _ = _begin(model, method, calibration, count, seed, batch_size, device, length, stream)
     model_sha256(run.network.tensors())  # refuses NaN
-    return run.plan()
+    return run.plan(runtime)
 
 
 def _begin(

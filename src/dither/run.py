@@ -16,6 +16,7 @@ from dither.models.selection import matching, without
 from dither.nn.experts import unfuse
 from dither.planning import SPILL_BUDGET, check_formats, make_plan, memory, sizes_seen
 from dither.recipe import resolved
+from dither.runtime_rules import findings
 from dither.unfinished import Unfinished
 from dither.walk import Block, LayerRecord, walk
 
@@ -51,10 +52,12 @@ class Run:
         check_formats(self.network.model, anatomy, self.method)
         return anatomy
 
-    def plan(self) -> dict[str, Any]:
-        """What the run would do."""
+    def plan(self, runtime: str | None = None) -> dict[str, Any]:
+        """What the run would do, and what a runtime has against it."""
+        found = [] if runtime is None else findings(self.network, self.anatomy, self.method, runtime)
         made = make_plan(self.network, self.anatomy, self.method, self.data.batches)
-        return made | {"memory_bytes": self.memory(), "original_bytes": self.original_bytes}
+        made |= {"memory_bytes": self.memory(), "original_bytes": self.original_bytes}
+        return made | {"runtime": runtime, "findings": [one.to_json() for one in found]}
 
     def memory(self, spill_budget: int = SPILL_BUDGET) -> int:
         """Bytes that the run takes at most, by estimate, beside Python's and torch's own."""

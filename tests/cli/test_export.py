@@ -47,3 +47,16 @@ def test_a_refusal_is_one_line_and_leaves_nothing(run: Run, llama: Path) -> None
     assert "did you mean 'onnx'" in line
     assert "does not exist" in error_line(run("export", "nowhere", "--to", "gguf", "-o", "x"))
     assert not Path("x").exists()
+
+
+def test_a_dry_run_for_a_runtime_shows_its_rules_and_fails_where_it_must(
+    run: Run, tiny_model: Path, calibration: Path
+) -> None:
+    command = ("quantize", tiny_model, "--calibration", calibration, "-m", "rtn", "--dry-run", "--for")
+    refused = run(*command, "vllm", "--weights", "int4:asym")
+    assert refused.code == 1
+    assert "vllm, would not run: " in refused.out
+    fine = run(*command, "transformers", "--weights", "int4:sym")
+    assert fine.code == 0
+    assert "the result would run in transformers" in fine.out
+    assert run(*command, "transformers", "--weights", "int4:sym", "--json").data["runtime"] == "transformers"

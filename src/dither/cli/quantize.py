@@ -19,7 +19,7 @@ from dither.cli.options import (
     Workers,
     chosen_device,
 )
-from dither.cli.terminal import Terminal
+from dither.cli.terminal import ERROR, Terminal
 
 _WHAT = "What to make"
 Output = Annotated[
@@ -59,6 +59,11 @@ Override = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done, how large and how long; write nothing.")
 ]
+Runtime = Annotated[
+    str | None,
+    typer.Option("--for", metavar="RUNTIME", help="Refuse what would not run there: vllm, sglang, transformers, "
+                 "llama.cpp or onnx.", show_default=False),
+]  # fmt: skip
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")]
 Stream = Annotated[
     bool | None,
@@ -88,6 +93,7 @@ def quantize(
     evaluate: EvaluationData = None,
     count: Count = None,
     dry_run: DryRun = False,
+    runtime: Runtime = None,
     resume: Resume = False,
     stream: Stream = None,
     workers: Workers = 1,
@@ -109,6 +115,8 @@ def quantize(
 
         dither quantize vit/ --calibration pictures/ --recipe out/recipe.yaml --dry-run
 
+        dither quantize llama/ --calibration text.txt --weights int4:g64:sym --for vllm --dry-run
+
         dither quantize llama/ --calibration text.txt -o out/ -m gptq --weights int4:g64 --samples 128 --length 512
     """
     if output is None and not dry_run:
@@ -121,25 +129,28 @@ def quantize(
 
         fields = _fields(weights, activations, set_ or [], skip or [], override or [])
         chosen = read_recipe(recipe, fields) if recipe else build_method(method or "erq", fields)
-        place = chosen_device(device)
+        common: dict[str, Any] = {"count": samples, "seed": seed, "length": length, "runtime": runtime}
+        common |= {"stream": stream, "device": chosen_device(device)}
         if dry_run:
-            plan = pipeline.plan(
-                model, chosen, calibration, count=samples, seed=seed, length=length, device=place, stream=stream
-            )
-            _show_plan(terminal, plan, output)
+            _show_plan(terminal, pipeline.plan(model, chosen, calibration, **common), output)
             return
-        try:
-            with terminal.progress(chosen.name) as progress:
-                result = pipeline.quantize(
-                    model, chosen, calibration, output=output, resume=resume, count=samples, seed=seed, length=length,
-                    device=place, workers=workers, stream=stream, evaluation=evaluate, evaluate_count=count,
-                    progress=progress,
-                )  # fmt: skip
-        except KeyboardInterrupt as stop:
-            if output is not None and (Path(output) / "unfinished").is_dir():
-                stop.add_note(f"finished units are kept in {output!r}: repeat the command with --resume to go on")
-            raise
-        _show_result(terminal, result.report.data, str(output))
+        only: dict[str, Any] = {"resume": resume, "workers": workers, "evaluation": evaluate, "evaluate_count": count}
+        report = _run(terminal, model, chosen, calibration, output, **only, **common)
+        _show_result(terminal, report, str(output))
+
+
+def _run(terminal: Terminal, model: str, method: Any, calibration: str, output: str | None, **options: Any) -> Any:
+    """The report of a quantization; an interrupted one says how to go on."""
+    from dither import pipeline
+
+    try:
+        with terminal.progress(method.name) as progress:
+            result = pipeline.quantize(model, method, calibration, output=output, progress=progress, **options)
+    except KeyboardInterrupt as stop:
+        if output is not None and (Path(output) / "unfinished").is_dir():
+            stop.add_note(f"finished units are kept in {output!r}: repeat the command with --resume to go on")
+        raise
+    return result.report.data
 
 
 def _fields(
@@ -198,3 +209,17 @@ def _show_plan(terminal: Terminal, plan: dict[str, Any], output: str | None) -> 
     }
     terminal.table([{"": name, "Plan": text} for name, text in figures.items()])
     terminal.line("nothing was written" + ("" if output is None else f"; without --dry-run it goes to {output}"))
+    _show_findings(terminal, plan)
+
+
+def _show_findings(terminal: Terminal, plan: dict[str, Any]) -> None:
+    """What a runtime has against the plan, and the exit code that says so; nothing where none was named."""
+    from dither.export.runtimes import Finding
+
+    for finding in plan["findings"]:
+        word = "would not run" if finding["fatal"] else "note"
+        terminal.line(f"{plan['runtime']}, {word}: {Finding(**finding)}")
+    if any(finding["fatal"] for finding in plan["findings"]):
+        raise typer.Exit(ERROR)
+    if plan["runtime"] is not None:
+        terminal.line(f"the result would run in {plan['runtime']}")

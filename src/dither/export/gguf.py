@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dither.errors import InputError
 from dither.export.folder import cast, check_tensors, chosen_dtype
-from dither.export.gguf_settings import ROPE, rope_factors, write_settings, write_vocabulary
+from dither.export.gguf_settings import ARCHITECTURES, ROPE, rope_factors, write_settings, write_vocabulary
 from dither.export.gguf_tokenizer import read_vocabulary
 from dither.export.integers import IntegerWeight, integer_weight, refused
 from dither.export.source import Source, skeleton
@@ -30,7 +30,6 @@ from dither.storage import writing
 
 TARGET = "gguf"
 BLOCK = 32
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type → GGUF's name
 _TYPES = {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0"}  # (bits, symmetric) → block format
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # of the file as a whole: that of most layers
 _KEPT = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}

@@ -11,6 +11,7 @@ from dither.errors import InputError
 from dither.export.gguf_tokenizer import Vocabulary
 from dither.export.source import Source
 
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type → GGUF's name
 ROPE = "rope_freqs.weight"
 QUANTIZATION_VERSION = 2  # of ggml's block formats
 

@@ -32,6 +32,7 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
     name: ClassVar[str]
     kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint", "nf", "fp")  # of weight formats that it can fit
+    adds: ClassVar[tuple[str, ...]] = ()  # what it stores beside codes, in words: only dither's own loader reads it
 
     weights: WeightSpec = Field(default=WEIGHTS, description="what layers are stored as")
     activations: ActivationSpec = Field(default=None, description="inputs of layers; none keeps them")

@@ -32,6 +32,7 @@ class SpQR(Method):
     """Column-by-column rounding with outliers; `damping` is in units of the mean diagonal of the Gram."""
 
     name: ClassVar[str] = "spqr"
+    adds: ClassVar[tuple[str, ...]] = ("sparse outliers",)
     weights: SpQRSpec = Field(
         default="int4:g16:asym:tight:realzero:s3.16",  # type: ignore[assignment]
         description="what layers are stored as; sB.G quantizes the scales",
