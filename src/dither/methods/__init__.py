@@ -16,6 +16,7 @@ from dither.methods.oac import OAC
 from dither.methods.qera import QERA
 from dither.methods.repq import RepQ
 from dither.methods.rtn import RTN
+from dither.methods.smoothquant import SmoothQuant
 from dither.methods.spqr import SpQR
 from dither.methods.squeezellm import SqueezeLLM
 
@@ -35,6 +36,7 @@ __all__ = [
     "LoRC",
     "Method",
     "RepQ",
+    "SmoothQuant",
     "SpQR",
     "SqueezeLLM",
     "method_class",
@@ -47,6 +49,7 @@ METHODS: dict[str, type[Method]] = {
     "repq": RepQ,
     "erq": ERQ,
     "awq": AWQ,
+    "smoothquant": SmoothQuant,
     "hqq": HQQ,
     "qera": QERA,
     "lorc": LoRC,
