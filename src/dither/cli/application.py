@@ -9,6 +9,7 @@ from dither.cli.compare import compare
 from dither.cli.demo import demo
 from dither.cli.evaluate import evaluate
 from dither.cli.export import export
+from dither.cli.generate import generate
 from dither.cli.inspect import inspect
 from dither.cli.methods import methods
 from dither.cli.quantize import quantize
@@ -41,7 +42,7 @@ def _dither(
     """
 
 
-for command in (demo, quantize, export, evaluate, compare, inspect, methods):
+for command in (demo, quantize, export, generate, evaluate, compare, inspect, methods):
     app.command()(command)
 
 

@@ -58,7 +58,7 @@ def evaluate(
         from dither.report.table import summary_rows
 
         place = chosen_device(device)
-        against = reference or _source(out)
+        against = reference or source_of(out)
         with terminal.progress("evaluating") as progress:
             found = measure(
                 out, data, reference=against, count=count, seed=seed, length=length, device=place, progress=progress
@@ -71,7 +71,7 @@ def evaluate(
             terminal.note("agreement, KL and SQNR need the full-precision model: add --reference MODEL")
 
 
-def _source(out: str) -> str | None:
+def source_of(out: str) -> str | None:
     """The folder that OUT was made from, if its report names one that is still there."""
     from dither.errors import PathError
     from dither.report.data import read_report
