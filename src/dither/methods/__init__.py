@@ -69,7 +69,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "qera-approx": ("qera", {"scale": "approx"}),
     "lqer": ("qera", {"scale": "lqer"}),
     "oac-billm": ("oac", {"solver": "billm", "weights": "nuq2:g128:dual", "damping": 0.01, "act_order": False}),
-    "spqr-3bit": ("spqr", {"weights": "int3:g8:asym:tight:realzero:s3.64", "threshold": 0.6}),
+    "spqr-3bit": ("spqr", {"weights": "int3:g8:asym:tight:realzero:s3.64", "threshold": 0.4}),
+    "billm-columns": ("billm", {"search": "weight", "feedback": "columns", "act_order": True}),
 }
 
 

@@ -4,7 +4,8 @@ Source: Dettmers, Svirschevski, Egiazarian, Kuznedelev, Frantar, Ashkboos, Borzu
 Sparse-Quantized Representation for Near-Lossless LLM Weight Compression, ICLR 2024, arXiv 2306.03078, algorithm 1. The
 default is the released code's near-lossless setting (4 bits, groups of 16, statistics in 3 bits by 16 rows, threshold
 0.2, damping 1, act-order). The preset `spqr-3bit` is the paper's point below 4 bits: 3 bits, groups of 8, statistics in
-3 bits by 64 rows; the threshold that goes with it is our choice, measured to keep about 0.2 % outliers.
+3 bits by 64 rows; the threshold that goes with it is our choice, which keeps about 0.2 % outliers
+(measured on SmolLM2-135M).
 Departs from the released code: layers of a block are measured together, not in four rounds; dead columns are rounded,
 not dropped; the bits that the order of the columns and the rows of outliers take are counted; activations and attention
 may be quantized as by every method.
