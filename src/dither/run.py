@@ -7,10 +7,11 @@ from typing import Any
 
 from dither.data.calibration import Calibration
 from dither.engine.local import InProcess, ProcessPool
+from dither.errors import InputError
 from dither.methods.base import Method
 from dither.models.anatomy import Anatomy, Unit, read_anatomy
 from dither.models.coverage import coverage
-from dither.models.gradients import Gradients
+from dither.models.gradients import NOT_RESIDENT, Gradients
 from dither.models.network import Network
 from dither.models.selection import matching, without
 from dither.nn.experts import unfuse
@@ -39,6 +40,8 @@ class Run:
         self.remarks: dict[str, str] = {}
         self.done, self.expected = 0, 0
         unfuse(network.model)
+        if method.backward and network.weights is not None:
+            raise InputError(f"{method.name}: {NOT_RESIDENT}")
         with sizes_seen(network.model) as self.sizes:
             self.anatomy = self._read()
 

@@ -1,6 +1,7 @@
 """Gradients of layers, one sample at a time: equal to plain autograd's, and nothing of them stays behind."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import dither
 from dither.errors import InputError, NonFiniteError
 from dither.models.anatomy import read_anatomy
 from dither.models.gradients import Gradients
@@ -184,3 +186,14 @@ def test_weights_that_are_not_in_memory_and_samples_that_are_not_there_are_refus
         gradients.of_sample(2, layers, lambda name, gradient: gradient)
     with pytest.raises(TypeError, match="not a layer in full precision"):
         gradients.weight("model.embed_tokens")
+
+
+@pytest.mark.parametrize("name", ["squeezellm", "gwq", "oac"])
+def test_a_method_that_takes_gradients_refuses_a_streamed_model_before_any_work(
+    tiny: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    network = tiny("LlamaForCausalLM")
+    network.model.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=f"{name}: gradients need all weights in memory"):
+        dither.quantize(tmp_path / "model", name, [network.batch(2)], output=tmp_path / "out", stream=True)
+    assert not (tmp_path / "out").exists()

@@ -19,6 +19,10 @@ from dither.models.losses import Loss, natural_loss
 from dither.nn.linear import cache_weights
 from dither.statistics.base import as_rows
 
+NOT_RESIDENT = (
+    "gradients need all weights in memory, but the model is read block by block; "
+    "use a machine with more memory, or a method without gradients, such as gptq or spqr"
+)
 HALF_SCALE = 1024.0  # of the loss of float16 models, whose gradients of 1e-6 and less would be lost
 
 T = TypeVar("T")
@@ -128,10 +132,7 @@ class Gradients:
     def _backward(self, sample: Any, layers: Sequence[str], arrive: Callable[[str, Tensor], None]) -> None:
         """One pass; `arrive` gets each layer's gradient as soon as it is there."""
         if not self.resident:
-            raise InputError(
-                "gradients need all weights in memory, but the model is read block by block; "
-                "use a machine with more memory, or a method without gradients, such as gptq or spqr"
-            )
+            raise InputError(NOT_RESIDENT)
         missing = set(layers)
 
         def hook(name: str, scale: float) -> Callable[[Tensor], None]:
