@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.cli.conftest import Run, error_line
-from tests.conftest import randomize
-from tests.export.conftest import save_tokenizer
+from tests.export.conftest import save_language_model
 
 import dither
 
@@ -14,15 +13,8 @@ import dither
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny Llama with a tokenizer, and its quantized copy."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=35, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
     base = tmp_path_factory.mktemp("generate")
-    randomize(LlamaForCausalLM(config)).save_pretrained(base / "llama")
-    save_tokenizer(base / "llama")
+    save_language_model(base / "llama")
     method = dither.RTN(weights="int4:g32:sym")
     dither.quantize(base / "llama", method, [{"input_ids": torch.ones(1, 4).long()}], output=base / "out")
     return base / "llama", base / "out"

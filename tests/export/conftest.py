@@ -29,6 +29,20 @@ def save_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+def save_language_model(folder: Path) -> Path:
+    """A Llama of one block, 64 wide, that never ends a text by itself, with its tokenizer."""
+    from tests.conftest import randomize
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=35, max_position_embeddings=64, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    randomize(LlamaForCausalLM(config)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
 @pytest.fixture
 def llama(tmp_path: Path) -> Callable[..., Path]:
     """Makes the folder of a tiny Llama: 64 wide, two blocks, 4 query and 2 key heads."""

@@ -13,6 +13,7 @@ from dither.cli.generate import generate
 from dither.cli.inspect import inspect
 from dither.cli.methods import methods
 from dither.cli.quantize import quantize
+from dither.cli.study import app as study
 
 app = typer.Typer(
     name="dither",
@@ -44,6 +45,7 @@ def _dither(
 
 for command in (demo, quantize, export, generate, evaluate, compare, inspect, methods):
     app.command()(command)
+app.add_typer(study, name="study")
 
 
 def main() -> None:

@@ -11,8 +11,16 @@ from typing import Any
 from dither.errors import InputError, PathError, StorageError, nearest
 
 SCHEMA = 1
-LISTS = {"quantize": ("layers", "operands", "coverage"), "compare": ("runs", "failures")}
-OBJECTS = {"quantize": ("model", "recipe", "provenance", "totals"), "compare": ("model", "provenance", "reference")}
+LISTS = {
+    "quantize": ("layers", "operands", "coverage"),
+    "compare": ("runs", "failures"),
+    "study": ("formats", "rows", "samples"),
+}
+OBJECTS = {
+    "quantize": ("model", "recipe", "provenance", "totals"),
+    "compare": ("model", "provenance", "reference"),
+    "study": ("model", "settings", "provenance"),
+}
 HIGHER_IS_BETTER = {"top1": True, "perplexity": False, "agreement": True, "kl": False, "sqnr_db": True}
 SHOWN_DIGITS = {
     "top1": 3,

@@ -56,8 +56,12 @@ class Plot:
 def render_html(data: Mapping[str, Any]) -> str:
     """The report as HTML text; equal data give equal text. Sections without data are left out."""
     check_report(data)
+    if data["kind"] == "study":
+        from dither.report.study import render_study  # it draws with the parts of this file
+
+        return render_study(data)
     model = section(data, "model")
-    template = _environment().get_template("template.html")
+    template = environment().get_template("template.html")
     draw = _compare if data["kind"] == "compare" else _quantize
     provenance = {key: value for key, value in section(data, "provenance").items() if value is not None}
     failures = [
@@ -67,7 +71,7 @@ def render_html(data: Mapping[str, Any]) -> str:
     return template.render(
         kind=data["kind"],
         name=table.plain(model.get("name") or "Model"),
-        about=_about(model),
+        about=about(model),
         made_by=section(data, "provenance").get("dither"),
         summary=table.summary_rows(data),
         failures=_table(failures),
@@ -101,7 +105,7 @@ def write_html(data: Mapping[str, Any], path: str | Path) -> Path:
     return target
 
 
-def _about(model: Mapping[str, Any]) -> list[str]:
+def about(model: Mapping[str, Any]) -> list[str]:
     """The line below a model's name: its class, size and source, as far as known."""
     known = [table.plain(model["class"])] if model.get("class") else []
     if number(model.get("parameters")) is not None:
@@ -111,7 +115,8 @@ def _about(model: Mapping[str, Any]) -> list[str]:
     return known
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Where templates come from, and how they are filled."""
     return Environment(
         loader=PackageLoader("dither.report", ""),
         autoescape=True,
