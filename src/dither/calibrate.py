@@ -180,16 +180,20 @@ def _copy(quantizer: ActivationQuantizer) -> ActivationQuantizer:
 
 def solve_and_store(
     block: Block,
-    tasks: list[LayerTask],
+    tasks_: list[LayerTask],
     quantizers: Mapping[str, ActivationQuantizer],
     solve: Callable[[LayerTask], LayerSolution],
     engine: Engine,
 ) -> None:
-    """Solve the layers, wherever the engine runs them, and put them into the network with their records."""
-    for task, solution in zip(tasks, engine.map(partial(_timed, solve), tasks), strict=True):
+    """Solve the layers, wherever the engine runs them, and put them into the network with their records.
+
+    The list is emptied: a caller still holds it while the next block is measured, and Grams are large.
+    """
+    for task, solution in zip(tasks_, engine.map(partial(_timed, solve), tasks_), strict=True):
         quantizer = quantizers.get(task.name)
         record = _record(block, task, solution, quantizer)
         block.store(task.name, solution.weight, solution.bias, quantizer, record)
+    tasks_.clear()
 
 
 def _timed(solve: Callable[[LayerTask], LayerSolution], task: LayerTask) -> LayerSolution:

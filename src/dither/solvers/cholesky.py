@@ -1,4 +1,8 @@
-"""Cholesky factors of Gram matrices, with a damping ladder whose every try is recorded."""
+"""Cholesky factors of Gram matrices, with a damping ladder whose every try is recorded.
+
+A Gram of 11,008 columns takes a gigabyte in float64: LAPACK overwrites its input here, which needs column-major storage
+(the transpose of a new row-major matrix), so that no step holds more than its argument and its result.
+"""
 
 from dataclasses import dataclass
 
@@ -36,7 +40,9 @@ def factorize(matrix: Float[Tensor, "k k"], damping: float) -> Factor:
     unit = matrix.diagonal().mean()
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
     for tries, step in enumerate(LADDER, start=1):
-        lower, failed = torch.linalg.cholesky_ex(damped(matrix, float(damping * step * unit)))
+        lower = damped(matrix, float(damping * step * unit)).T  # it is symmetric
+        failed = torch.empty(0, dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not int(failed):
             return Factor(lower, damping * step, tries)
     raise NumericalError(
@@ -58,6 +64,6 @@ def inverse_upper(factor_of_reversed: Float[Tensor, "k k"]) -> Float[Tensor, "k 
     Reversing turns the lower factor into an upper R with M = R Rᵀ, so U = R⁻¹: one triangular solve, no inverse of M.
     """
     upper = factor_of_reversed.flip(0, 1)
-    eye = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+    inverse = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device).T
+    torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
     return inverse

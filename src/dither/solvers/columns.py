@@ -52,8 +52,8 @@ class Ordered:
             NumericalError: the damped Gram is not positive definite at any step of the ladder.
         """
         order = column_order(gram, columns, act_order)
-        hessian = without_dead(gram.to(weight))[order][:, order]
-        factor = factorize(hessian.flip(0, 1), damping)
+        turned = order.flip(0)
+        factor = factorize(_without_dead(gram[turned[:, None], turned].to(weight)), damping)
         notes = {"damping": factor.damping, "tries": float(factor.tries)}
         return cls(weight[:, order], inverse_upper(factor.lower), order, notes)
 
@@ -119,11 +119,12 @@ def column_order(gram: Float[Tensor, "k k"], columns: int, act_order: bool) -> I
     return index
 
 
-def without_dead(gram: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
+def _without_dead(gram_: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
     """A column that never had an input decouples: unit diagonal, so that it is rounded and compensates nothing."""
-    dead = gram.diagonal() <= 0
-    unit = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    return gram + torch.diag(torch.where(dead, unit, torch.zeros_like(unit)))
+    diagonal = gram_.diagonal()
+    unit = diagonal.mean().clamp_min(torch.finfo(gram_.dtype).tiny)
+    diagonal.add_(torch.where(diagonal <= 0, unit, torch.zeros_like(unit)))
+    return gram_
 
 
 def sweep(ordered: Ordered, rounder: Rounder, count: int) -> Float[Tensor, "o k"]:
