@@ -66,6 +66,18 @@ def test_compensated_codes_are_a_better_base(tiny: Callable[..., Any]) -> None:
     assert errors[0] < errors[1]
 
 
+def test_each_scale_is_the_square_of_the_papers_diagonal_or_root() -> None:
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).double()
+    gram, magnitude = x.T @ x / 20, x.abs().mean(dim=0)
+    found = {scale: QERA(scale=scale).second_moment(gram, magnitude) for scale in SCALES}  # type: ignore[arg-type]
+    assert found["identity"] is None
+    for scale, diagonal in (("lqer", magnitude), ("approx", x.square().mean(dim=0).sqrt())):
+        moment = found[scale]
+        assert moment is not None
+        torch.testing.assert_close(moment.sqrt(), diagonal)
+    assert found["exact"] is gram
+
+
 def test_a_rank_that_does_not_fit_and_a_grouped_convolution_are_noted() -> None:
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, 1)).eval()
