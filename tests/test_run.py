@@ -13,6 +13,7 @@ import transformers
 import dither
 from dither import pipeline, storage
 from dither.errors import InputError, NonFiniteError
+from dither.evaluation.language import answer
 from dither.models import streaming
 
 ERQ = dither.ERQ(weights="int3", activations="int4", inputs="both", refine_steps=2)
@@ -184,3 +185,9 @@ def test_a_value_that_is_not_finite_is_found_in_its_shard(
     network.model.save_pretrained(tmp_path / "llama")
     with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or Inf"):
         dither.quantize(tmp_path / "llama", "rtn", batches, output=tmp_path / "out", stream=True)
+
+
+def test_a_streamed_result_is_evaluated_like_a_loaded_one(llama: Path, batches: list[Any], tmp_path: Path) -> None:
+    result, windows = dither.quantize(llama, "rtn", batches, output=tmp_path / "out", stream=True), batches[0]
+    found = answer(result.model, windows["input_ids"])
+    assert found.perplexity == answer(dither.load(tmp_path / "out"), windows["input_ids"]).perplexity

@@ -108,10 +108,14 @@ def memory(network: Network, anatomy: Anatomy, sizes: Sizes, batches: int, spill
 
 
 def _gram_bytes(model: nn.Module, anatomy: Anatomy) -> int:
-    """Of the largest Gram and two factors of it, in float64."""
-    layers = [model.get_submodule(name) for name in anatomy.layers]
-    columns = [matrix_shape(layer)[1] for layer in layers if is_layer(layer) and has_gram(layer)]
-    return max((3 * 8 * (count + 1) ** 2 for count in columns), default=0)
+    """Of a unit's Grams in float64, and of three more like the largest: its copy in order, a factor, the inverse."""
+    most = 0
+    for unit in anatomy.units:
+        layers = [model.get_submodule(name) for name in unit.layers]
+        columns = [matrix_shape(layer)[1] for layer in layers if is_layer(layer) and has_gram(layer)]
+        grams = [8 * (count + 1) ** 2 for count in columns]
+        most = max(most, sum(grams) + 3 * max(grams, default=0))
+    return most
 
 
 def make_plan(network: Network, anatomy: Anatomy, method: Method, batches: Any) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Generated:
 
 def generate(model: nn.Module, prompt: Int[Tensor, " t"], sampling: Sampling, stop: Collection[int] = ()) -> Generated:
     """Go on from a prompt until a token of `stop`, which is kept, or as far as the sampling says."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     generator = torch.Generator().manual_seed(sampling.seed)
     step, cache, tokens, times = prompt[None].to(device), None, list[int](), list[float]()
     start = perf_counter()
@@ -77,7 +77,7 @@ def choose(logits: Float[Tensor, " v"], sampling: Sampling, generator: torch.Gen
 
 def continuation_nll(model: nn.Module, prompt: Int[Tensor, " t"], tokens: Collection[int]) -> Float[Tensor, " n"]:
     """Negative log-likelihood in nats of each token that follows the prompt, all in one pass."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     following = torch.tensor(list(tokens))
     text = torch.cat([prompt, following])[None].to(device)
     with torch.no_grad(), evaluating(model):

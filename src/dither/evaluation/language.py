@@ -52,7 +52,7 @@ def answer(
         InputError: the model does not return logits of a vocabulary that holds the tokens.
         NonFiniteError: its logits are NaN.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     rows: list[tuple[Tensor, ...]] = []
     with torch.no_grad(), evaluating(model):
         for index, window in enumerate(windows):
