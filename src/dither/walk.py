@@ -84,6 +84,7 @@ class Block:
     operand_records: list[dict[str, Any]] = field(default_factory=list)
     remarks: dict[str, str] = field(default_factory=dict)  # module name → what was done to it, or why not
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # layer → extremes of its input
+    originals: list[Any] | None = None  # the full-precision outputs of all batches, parked
 
     def layer(self, name: str) -> Layer:
         """The full-precision layer of a full name."""
@@ -114,7 +115,7 @@ class Block:
             NonFiniteError: NaN or Inf arrives at a layer; the message names it.
             InputError: the walk was started for other inputs.
         """
-        self._check(inputs)
+        self.check(inputs)
         results = self._observe(measures, inputs)
         if unseen := [name for name in measures if name not in results]:
             with everyone_called(self.module, self.reference):
@@ -138,7 +139,8 @@ class Block:
                     results[name] = results[name].merge(part) if name in results else part
         return results
 
-    def _check(self, inputs: Inputs) -> None:
+    def check(self, inputs: Inputs) -> None:
+        """Refuse inputs that the walk was not started for."""
         if any(name not in self.streams for name in _STREAMS[inputs]):
             raise InputError(f"{inputs!r} inputs were not walked, only {', '.join(self.streams)}; set inputs={inputs}")
 
@@ -180,7 +182,7 @@ class Block:
 
     def observe_attention(self, owner: str, measure: Callable[[Tensor], S], inputs: Inputs = "fp") -> dict[str, S]:
         """Accumulate a statistic of each operand of the attention that `owner` computes."""
-        self._check(inputs)
+        self.check(inputs)
         results: dict[str, S] = {}
 
         def handle(name: str, x: Tensor) -> Tensor:
@@ -305,7 +307,7 @@ def _visit(
         module = model.get_submodule(unit.name)
     else:
         parent = model.get_submodule(holder) if holder else model
-        block = make(unit=unit, module=module, reference=reference, parent=parent)
+        block = make(unit=unit, module=module, reference=reference, parent=parent, originals=outputs.get("fp"))
         yield block
         module = block.module
         on_done(block)

@@ -146,3 +146,32 @@ def test_batches_that_take_different_ways_are_refused() -> None:
             Stream(run, [torch.ones(1, 2), torch.ones(2, 2)], spill)
         with pytest.raises(InputError, match="different ways"):
             Stream(lambda x: x if x.shape[0] == 1 else second(x), [torch.ones(1, 2), torch.ones(2, 2)], spill)
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "SwinForImageClassification", "BertForSequenceClassification"])
+def test_some_samples_of_several_batches_run_as_one_batch_with_gradients(
+    tiny: Callable[..., Any], name: str, budget: int, temporary: Path
+) -> None:
+    network = tiny(name)
+    batches = [network.batch(size, seed=size) for size in (3, 2, 4)]
+    run = Network(network.model, "tiny").run
+    units = [unit.name for unit in read_anatomy(network.model, lambda: run(batches[0])).units]
+    kept = [*network.model.parameters(), *network.model.buffers(), *tensors_in(batches)]
+    with torch.no_grad(), Spill(budget, kept) as spill, suspended_at(network.model, units):
+        stream = Stream(run, batches, spill)
+        while stream.unit is not None and not isinstance(network.model.get_submodule(stream.unit), nn.Linear):
+            module = network.model.get_submodule(stream.unit)
+            outputs = stream.outputs(module)
+            with torch.enable_grad():
+                some = first(stream.call(module, [0, 2, 4, 8]))
+                some.sum().backward()
+            assert stream.samples == 9
+            torch.testing.assert_close(some, first(stream.pick(outputs, [0, 2, 4, 8])), rtol=1e-4, atol=1e-5)
+            stream.resume(outputs)
+        stream.close()
+    assert any(parameter.grad is not None for parameter in network.model.parameters())
+
+
+def first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]

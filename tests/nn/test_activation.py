@@ -69,3 +69,13 @@ def test_it_owns_what_was_set() -> None:
     quantizer = ActivationQuantizer(QuantSpec.parse("int8:tensor")).set((scale, torch.tensor(128.0)))
     scale.zero_()
     assert float(quantizer.scale) == 0.5
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_gradients_pass_as_if_nothing_were_quantized(text: str) -> None:
+    quantizer, x = fitted(text), drawn(2, 5, 6, seed=1).requires_grad_()
+    out = quantizer(x)
+    assert torch.equal(out.detach(), quantizer(x.detach()))
+    out.backward(torch.full_like(out, 3.0))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full_like(x, 3.0))

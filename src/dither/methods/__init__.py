@@ -16,6 +16,7 @@ from dither.methods.oac import OAC
 from dither.methods.qera import QERA
 from dither.methods.repq import RepQ
 from dither.methods.rtn import RTN
+from dither.methods.signround import SignRound
 from dither.methods.smoothquant import SmoothQuant
 from dither.methods.spqr import SpQR
 from dither.methods.squeezellm import SqueezeLLM
@@ -36,6 +37,7 @@ __all__ = [
     "LoRC",
     "Method",
     "RepQ",
+    "SignRound",
     "SmoothQuant",
     "SpQR",
     "SqueezeLLM",
@@ -59,6 +61,7 @@ METHODS: dict[str, type[Method]] = {
     "squeezellm": SqueezeLLM,
     "gwq": GWQ,
     "oac": OAC,
+    "signround": SignRound,
 }
 
 

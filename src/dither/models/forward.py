@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch import nn
+from torch import Tensor, nn
 
 from dither.errors import InputError
 from dither.models.spill import Spill
@@ -104,6 +105,41 @@ class Stream:
             self._spill.park(output)
         return outputs
 
+    @property
+    def samples(self) -> int:
+        """How many samples all batches hold: entries of the first axis of the unit's first input."""
+        return sum(self._sizes())
+
+    def call(self, module: Callable[..., Any], samples: Sequence[int]) -> Any:
+        """The module's output for some samples only, numbered over all batches in rising order, as one batch."""
+        args, kwargs = self.pick([(call.args, call.kwargs) for call in self.calls], samples)
+        return module(*args, **kwargs)
+
+    def pick(self, values: Sequence[Any], samples: Sequence[int]) -> Any:
+        """One nest of fresh tensors with some samples of what was parked, or is to be, for each batch.
+
+        A tensor whose first axis counts the samples is cut and joined; any other is the first batch's.
+        """
+        start = 0
+        parts: list[Any] = []
+        rows: list[list[int]] = []
+        sizes: list[int] = []
+        for value, size in zip(values, self._sizes(), strict=True):
+            chosen = [sample - start for sample in samples if start <= sample < start + size]
+            start += size
+            if chosen:
+                parts, rows, sizes = [*parts, value], [*rows, chosen], [*sizes, size]
+        for part in parts:
+            self._spill.fetch(part)
+        try:
+            return _joined(parts, rows, sizes)
+        finally:
+            for part in parts:
+                self._spill.park(part)
+
+    def _sizes(self) -> list[int]:
+        return [_leading(call) for call in self.calls]
+
     def resume(self, outputs: list[Any]) -> None:
         """Hand every pass its unit's output and run it to its next unit."""
         calls, states = self.calls, []
@@ -118,3 +154,22 @@ class Stream:
         for one in self._passes:
             if not one.dead:
                 one.throw(GreenletExit)
+
+
+def _leading(call: Call) -> int:
+    """Length of the first axis of the first tensor that a unit is called on."""
+    first = next(value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor))
+    return int(first.shape[0])
+
+
+def _joined(parts: list[Any], rows: list[list[int]], sizes: list[int]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        if all(part.ndim and part.shape[0] == size for part, size in zip(parts, sizes, strict=True)):
+            return torch.cat([part[chosen] for part, chosen in zip(parts, rows, strict=True)])
+        return first.clone()
+    if isinstance(first, dict):
+        return {key: _joined([part[key] for part in parts], rows, sizes) for key in first}
+    if isinstance(first, list | tuple):
+        return tuple(_joined([part[k] for part in parts], rows, sizes) for k in range(len(first)))
+    return first

@@ -1,5 +1,7 @@
 """Activation quantizers as modules."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -38,8 +40,23 @@ class ActivationQuantizer(FixedBuffers):
         return self.scale, self.zero_point
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """x on the grid, in x's dtype."""
+        """x on the grid, in x's dtype; gradients pass as if it were x itself (straight-through)."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            passed: Tensor = _StraightThrough.apply(x, self)  # type: ignore[no-untyped-call]
+            return passed
         return fake_quantize(x, self.scales, self.spec)
 
     def extra_repr(self) -> str:
         return str(self.spec)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The quantizer forward, the identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
+        return fake_quantize(x, quantizer.scales, quantizer.spec)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

@@ -144,6 +144,28 @@ def fit_group(group: Float[Tensor, "o g"], spec: QuantSpec) -> Grid | Codebook:
     return fit_grid(group.float(), alone)
 
 
+@dataclass(frozen=True)
+class Recording:
+    """Another rounder that keeps every column as it was when its turn came."""
+
+    inner: Rounder
+    columns: list[Float[Tensor, " o"]]
+
+    @property
+    def size(self) -> int:
+        """Columns of a group."""
+        return self.inner.size
+
+    def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
+        """As the other does."""
+        self.inner.enter(start, current)
+
+    def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
+        """What the other says."""
+        self.columns.append(column.clone())
+        return self.inner.value(place, column)
+
+
 def side_by_side(
     grids: Sequence[Grid | Codebook], spec: QuantSpec, column_of: Int[Tensor, " i"] | None
 ) -> Grid | Codebook:
