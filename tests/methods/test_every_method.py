@@ -16,7 +16,8 @@ from dither.formats.qtensor import quantize
 from dither.methods import METHODS, PRESETS, preset
 from dither.methods.base import Method
 from dither.nn.linear import QuantizedConv2d, QuantizedLinear
-from dither.recipe import build_method, from_data, parse_method, read_recipe, resolved, to_yaml
+from dither.recipe import build_method as full_method
+from dither.recipe import from_data, parse_method, read_recipe, resolved, to_yaml
 from dither.storage import write_network
 
 NAMES = [*METHODS, *PRESETS]
@@ -24,6 +25,8 @@ LOW: dict[str, Any] = {
     "weights": "int4:minmax",
     "activations": "int4:minmax",
 }  # searching ranges would cost most of the time
+
+SHORT: dict[str, dict[str, Any]] = {"signround": {"iterations": 15}}
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
@@ -42,6 +45,11 @@ def made(name: str, fields: dict[str, Any]) -> Method:
     changed = {key: table(text) for key, text in fields.items() if key == "weights"}
     others = {pattern: table(text) for pattern, text in fields.get("overrides", {}).items()}
     return build_method(name, {**fields, **changed, **({"overrides": others} if others else {})})
+
+
+def build_method(name: str, fields: dict[str, Any]) -> Method:
+    """A method that iterates no longer than a test may take."""
+    return full_method(name, SHORT.get(preset(name)[0], {}) | fields)
 
 
 def states(model: nn.Module) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def test_the_loss_falls_and_what_is_saved_is_what_was_learned(
     tiny: Callable[..., Any], fields: dict[str, Any], tmp_path: Path
 ) -> None:
     network = tiny("LlamaForCausalLM")
-    method = SignRound(iterations=15, batch_size=3, **({"rate": 0.01} | fields))
+    method = SignRound(iterations=15, batch_size=3, **({"rate": 0.15} | fields))
     result = dither.quantize(network.model, method, batches(network), output=tmp_path / "out")
     notes = [row["notes"] for row in rows(result)]
     assert all(note["loss_after"] <= note["loss_before"] for note in notes)
@@ -76,7 +76,7 @@ def test_norms_are_learned_only_where_asked_and_the_given_model_keeps_its_own(ti
     name = "model.layers.0.input_layernorm.weight"
     before = network.model.get_parameter(name).clone()
     for rate, same in ((0.0, True), (0.5, False)):
-        method = SignRound(weights="int2:g16", iterations=10, rate=0.02, norm_rate=rate)
+        method = SignRound(weights="int2:g16", iterations=10, rate=0.2, norm_rate=rate)
         result = dither.quantize(network.model, method, batches(network))
         assert torch.equal(result.model.get_parameter(name), before) == same
         assert torch.equal(network.model.get_parameter(name), before)

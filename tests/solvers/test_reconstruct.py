@@ -55,7 +55,7 @@ def test_correlated_inputs_are_fitted_better_than_by_nearest_codes(rule: Any, te
         inputs = draw(16, 8, 6, seed=seed + 10) @ mixing + 0.3 * draw(16, 8, 16, seed=seed + 30)
         loss, one = linear(inputs, weight), learned(weight, text, rule=rule)
         start = float(loss({"w": one.value()}, range(16)))
-        reconstruct_({"w": one}, loss, 16, Schedule(40, batch_size=4), generator())
+        reconstruct_({"w": one}, loss, 16, Schedule(40, 1 / 40, 4), generator())
         ratios.append(float(loss({"w": one.value()}, range(16))) / start)
     assert sum(ratios) / 3 < 0.95  # measured: 0.40 to 0.87
     assert max(ratios) <= 1.0
@@ -81,7 +81,7 @@ def test_on_a_tiny_row_it_comes_close_to_trying_all_codes() -> None:
         tried = (grid.decode(torch.tensor([codes], dtype=torch.float32)) for codes in product(range(4), repeat=4))
         best = min(float(loss({"w": value}, range(4))) for value in tried)
         start = float(loss({"w": one.value()}, range(4)))
-        reconstruct_({"w": one}, loss, 4, Schedule(60, batch_size=4, checks=5), generator())
+        reconstruct_({"w": one}, loss, 4, Schedule(60, 1 / 60, 4, checks=5), generator())
         ratios.append((float(loss({"w": one.value()}, range(4))) - best) / max(start - best, 1e-9))
     assert sum(ratios) / len(ratios) < 0.7  # of the way from nearest codes to the best, this is left
     assert min(ratios) < 0.1
@@ -91,7 +91,7 @@ def test_the_same_generator_gives_the_same_codes_and_another_one_others() -> Non
     weight, inputs, codes = draw(8, 16), draw(16, 8, 16, seed=1) @ draw(16, 16, seed=2), []
     for seed in (0, 0, 1):
         one = learned(weight, "int2:g4:asym:tight")
-        reconstruct_({"w": one}, linear(inputs, weight), 16, Schedule(20, batch_size=2), generator(seed))
+        reconstruct_({"w": one}, linear(inputs, weight), 16, Schedule(20, 1 / 20, 2), generator(seed))
         codes.append(one.stored().codes)
     assert torch.equal(codes[0], codes[1])
     assert not torch.equal(codes[0], codes[2])

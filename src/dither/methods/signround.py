@@ -39,7 +39,7 @@ class SignRound(Method):
     kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint")
     inputs: Inputs = Field(default="both", description="both: quantized inputs, original outputs, the paper's")
     iterations: Annotated[int, Field(ge=0)] = 200
-    rate: Annotated[float, Field(gt=0)] | None = Field(default=None, description="first step; none is 1 / iterations")
+    rate: Annotated[float, Field(gt=0)] = Field(default=1.0, description="first step, in units of 1 / iterations")
     batch_size: Annotated[int, Field(ge=1)] = Field(default=8, description="samples a step")
     signed: bool = Field(default=True, description="symmetric codes reach furthest on the larger side (released code)")
     start: Literal["nearest", "columns", "groups"] = Field(
@@ -76,13 +76,8 @@ class SignRound(Method):
         generator = torch.Generator().manual_seed(_seed(block.unit.name))
         learned: dict[str, Learned] = {**weights, **norms}
         loss = BlockLoss(block, self.inputs, quantizers, self.weigh)
-        found = reconstruct_(
-            learned,
-            loss,
-            loss.samples,
-            Schedule(self.iterations, self.rate, self.batch_size),
-            generator,
-        )
+        schedule = Schedule(self.iterations, self.rate / max(self.iterations, 1), self.batch_size)
+        found = reconstruct_(learned, loss, loss.samples, schedule, generator)
         notes = {"loss_before": found.before, "loss_after": found.after, "iteration": found.iteration}
         for name, norm in norms.items():
             block.module.get_parameter(block.local(name)).data.copy_(norm.value())

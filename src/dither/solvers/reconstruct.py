@@ -23,13 +23,13 @@ Loss = Callable[[Mapping[str, Tensor], Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """`iterations` steps on `batch_size` samples each; the rate falls linearly from `rate` (None: 1 / iterations) to 0.
+    """`iterations` steps on `batch_size` samples each; the rate falls linearly from `rate` to 0.
 
     The loss of `checked` fixed samples is taken at the start and at each of the last `checks` fifths of the way.
     """
 
     iterations: int = 200
-    rate: float | None = None
+    rate: float = 1 / 200  # released code: 1 / iterations
     batch_size: int = 8
     checked: int = 16
     checks: int = 2
@@ -57,9 +57,8 @@ def reconstruct_(
     kept, kept_at = {name: one.state for name, one in learned.items()}, 0
     draws = _draws(samples, schedule.batch_size, generator)
     checks = {schedule.iterations * (5 - k) // 5 for k in range(schedule.checks)}
-    rate = schedule.rate or 1 / max(schedule.iterations, 1)
     for iteration in range(1, schedule.iterations + 1):
-        _step(learned, loss, next(draws), rate * (schedule.iterations + 1 - iteration) / schedule.iterations)
+        _step(learned, loss, next(draws), schedule.rate * (schedule.iterations + 1 - iteration) / schedule.iterations)
         if iteration in checks:
             found = _measured(learned, loss, fixed, schedule.batch_size)
             if found < best:
