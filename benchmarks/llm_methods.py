@@ -16,7 +16,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ METHODS = {  # label: method, weight format, bits it is run at (None: all that a
     "spqr": ("spqr", "int{bits}:g16:s3.16", None),
     "billm": ("billm", "nuq2:g64:dual", (2,)),
 }
+DATA_FREE = {"rtn", "rtn, symmetric", "rtn, least squares", "nf4", "hqq", "lorc"}  # a draw would change nothing
 FACTS = (*DATA, "calibration", "evaluation", "device", "torch", "fp_perplexity", "parameters")
 
 
@@ -63,6 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=0, help="evaluation windows; 0 for all")
     parser.add_argument("--window-length", type=int, default=1024)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time, spread over the GPUs")
     parser.add_argument("--quick", action="store_true", help="one seed, 64 calibration and 16 evaluation windows")
     parser.add_argument("--peers", type=Path, default=Path("docs/results/llm_peers.json"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/llm_methods"))
@@ -80,6 +82,8 @@ def jobs(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for bits in given.bits:
             for text in given.methods:
                 label, equals, rest = text.partition("=")
+                if seed and label in DATA_FREE:
+                    continue
                 method, _, weights = rest.partition("@")
                 only = None
                 if not equals:
@@ -125,6 +129,7 @@ class Bench:
             "evaluation": Path(given.evaluation).name,
             "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
             "torch": torch.__version__,
+            "workers": given.workers,
             "fp_perplexity": self.fp_perplexity,
             "parameters": self.parameters,
         }
@@ -139,15 +144,16 @@ def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
     from dither.recipe import parse_method
 
     given, cuda = bench.given, bench.given.device.startswith("cuda")
+    device = own_device(given.device)
     batches = [{"input_ids": part} for part in bench.calibration[job["seed"]].split(max(1, TOKENS // given.length))]
-    warm_up(given.model, given.device)
+    warm_up(given.model, device)
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     cost = Cost()
     try:
         method = parse_method(job["method"], {"weights": job["weights"]} if job["weights"] else {})
-        result = quantize(given.model, method, batches, count=given.samples, seed=job["seed"], device=given.device)
+        result = quantize(given.model, method, batches, count=given.samples, seed=job["seed"], device=device)
     except (DitherError, torch.OutOfMemoryError) as error:
         return job | {"error": str(error)}
     used = cost.facts()
@@ -159,6 +165,14 @@ def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
         "bits_per_weight": result.report.data["totals"]["bits_per_weight"],
         "perplexity": perplexity if math.isfinite(perplexity) else None,
     }  # fmt: skip
+
+
+def own_device(device: str) -> str:
+    """The GPU of this worker, where there are several."""
+    if not device.startswith("cuda"):
+        return device
+    torch.cuda.set_device(sum(multiprocessing.current_process()._identity) % torch.cuda.device_count())
+    return f"cuda:{torch.cuda.current_device()}"
 
 
 @cache
@@ -178,11 +192,10 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     if path.exists():
         found["runs"] = checked([json.loads(path.read_text()), found])[0]
     alone = None if given.device.startswith("cuda") else 1  # the CPU's memory is counted by process
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=alone) as pool:
-        for job in jobs(given):
-            if any(all(one.get(key) == value for key, value in job.items()) for one in found["runs"]):
-                continue
-            one = pool.apply(run, (bench, job))
+    done = found["runs"]
+    todo = [job for job in jobs(given) if not any(all(one.get(k) == v for k, v in job.items()) for one in done)]
+    with multiprocessing.get_context("spawn").Pool(given.workers, maxtasksperchild=alone) as pool:
+        for one in pool.imap_unordered(partial(run, bench), todo):
             print(json.dumps(one), flush=True)
             if "error" not in one:
                 found["runs"].append(one)

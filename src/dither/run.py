@@ -47,13 +47,16 @@ class Run:
 
     def _read(self) -> Anatomy:
         anatomy = without(
-            read_anatomy(self.network.model, lambda: self.network.run(self.data.batches[0]), self.method.overrides),
+            read_anatomy(self.network.model, self._once, self.method.overrides),
             self.method.skip,
         )
         for pattern in self.method.overrides:
             matching(pattern, anatomy.layers)
         check_formats(self.network.model, anatomy, self.method)
         return anatomy
+
+    def _once(self) -> Any:
+        return self.network.run(self.data.batches[0], whole=False)
 
     def plan(self, runtime: str | None = None) -> dict[str, Any]:
         """What the run would do, and what a runtime has against it."""

@@ -284,9 +284,11 @@ def walk(
         try:
             for name in names:
                 streams[name] = Stream(run, batches, spill)
-            while (current := streams[names[0]].unit) is not None:
+            left = dict(units)
+            while left and (current := streams[names[0]].unit) is not None:
                 load(current)
-                yield from _visit(model, units[current], streams, block, restore, on_done)
+                unit = left.pop(current)  # behind the last one nothing is run: a head's logits would fill the memory
+                yield from _visit(model, unit, streams, block, restore, on_done, last=not left)
         finally:
             for stream in streams.values():
                 stream.close()
@@ -299,6 +301,7 @@ def _visit(
     make: Callable[..., Block],
     restore: Callable[[Unit], bool],
     on_done: Callable[[Block], None],
+    last: bool,
 ) -> Iterator[Block]:
     module, holder = model.get_submodule(unit.name), unit.name.rpartition(".")[0]
     reference = _reference(module)
@@ -313,6 +316,8 @@ def _visit(
         on_done(block)
         block.reference = module  # the method still holds the block when the next one is read
     del reference
+    if last:
+        return
     if "quantized" in streams:
         outputs["quantized"] = streams["quantized"].outputs(cache_weights(module))
         cache_weights(module, cached=False)

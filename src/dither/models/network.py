@@ -44,12 +44,17 @@ class Network:
     tokenizer: Any | None = None
     weights: Streamed | None = None  # where a model larger than memory has its parts from
 
-    def run(self, batch: Any) -> Any:
+    def run(self, batch: Any, whole: bool = True) -> Any:
         """Call the model on a batch: a tensor, a tuple of arguments or a dict of named ones.
 
         A cache of keys and values is switched off: a block that runs several times on the same inputs would fill it.
+        Not `whole`, a language model gives the logits of the last token alone.
         """
-        options = {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
+        known, options = inspect.signature(self.model.forward).parameters, dict[str, Any]()
+        if "use_cache" in known:
+            options["use_cache"] = False
+        if not whole and "logits_to_keep" in known:
+            options["logits_to_keep"] = 1
         if isinstance(batch, Mapping):
             return self.model(**options | dict(batch))
         return self.model(*batch, **options) if isinstance(batch, tuple | list) else self.model(batch, **options)
