@@ -83,7 +83,12 @@ def test_parts_by_hand_are_not_read_when_they_are_called(tiny: Callable[..., Any
     streamed, batch = open_network(folder, stream=True), tiny("LlamaForCausalLM").batch(1)
     calls: list[list[str]] = []
     streamed.model.get_submodule("model.layers.1").forward = lambda x, **_: calls.append(loaded(streamed)) or x
+    with torch.no_grad():
+        streamed.run(batch)
+        assert loaded(streamed) == ["lm_head"]
+    calls.clear()
     with torch.no_grad(), streamed.by_hand(["model.layers.1"]):
+        assert loaded(streamed) == []
         streamed.run(batch)
         streamed.load("model.layers.1")
         streamed.load("model.layers.1")

@@ -109,6 +109,7 @@ class Streamed:
     @contextmanager
     def by_hand(self, parts: Sequence[str]) -> Iterator[None]:
         """While open, these parts are not read when they are called; whoever calls them does it."""
+        self.release()
         before, self._by_hand = self._by_hand, frozenset(parts)
         try:
             yield
