@@ -42,3 +42,18 @@ def test_codebooks_are_swept_too(text: str, static_groups: bool) -> None:
     assert task.gram is not None
     change = nearest.weight.dequantize(torch.float64) - task.weight
     assert cost(task, method) < 0.7 * float(((change @ task.gram.quantized) * change).sum())
+
+
+@pytest.mark.parametrize("text", ["int2:g8:asym:tight:realzero:minmax", "int3:g8:sym:minmax", "int2:g8:asym:minmax"])
+def test_groups_of_least_error_weighed_by_energy_err_less_than_those_of_the_extremes(text: str) -> None:
+    tasks = [layer(seed) for seed in range(4)]
+    extremes = GPTQ(weights=text, static_groups=False)  # type: ignore[arg-type]
+    fitted = extremes.model_copy(update={"range_by": "output"})
+    assert sum(cost(task, fitted) for task in tasks) < 0.9 * sum(cost(task, extremes) for task in tasks)
+
+
+def test_a_format_that_no_line_is_fitted_to_keeps_its_own_search() -> None:
+    task = layer()
+    for text in ("nf4:g8", "int3:tensor:asym:minmax", "int3:g8:ic:asym:minmax"):
+        one, other = (GPTQ(weights=text, range_by=by).solve(task).weight for by in ("spec", "output"))  # type: ignore[arg-type]
+        assert torch.equal(one.codes, other.codes)

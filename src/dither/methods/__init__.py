@@ -67,6 +67,10 @@ METHODS: dict[str, type[Method]] = {
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "repq-gptq": ("gptq", {"reparameterize": True}),
+    "gptq-fitted": (
+        "gptq",
+        {"static_groups": False, "range_by": "output", "weights": "int3:g32:asym:tight:realzero:s4.64"},
+    ),
     "erq-v1": ("erq", {"dual": False, "rounding": "halves", "inputs": "fp", "range_by": "weight"}),
     "erq-v2": ("erq", {"dual": True, "rounding": "halves", "inputs": "fp", "range_by": "weight"}),
     "qera-approx": ("qera", {"scale": "approx"}),

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dither.errors import SpecError
-from dither.formats.fit import grid_of_ranges
+from dither.formats.codebook import Codebook
+from dither.formats.fit import fit_grid, grid_of_ranges
 from dither.formats.grid import Grid, column_index, decode, encode, group_size, highest_code, implied_zero_point
 from dither.formats.ranges import affine, stored_scale
 from dither.formats.spec import QuantSpec
@@ -86,6 +87,15 @@ def fit_signed(
             best, found = torch.where(better, error, best), torch.where(better, scale, found)
     place = column_index(spec, weight.shape[1], weight.device)
     return Grid(spec, found, torch.full_like(found, zero), None, place)
+
+
+def fit_least_squares(
+    weight: Float[Tensor, "o i"], spec: QuantSpec, importance: Float[Tensor, " i"] | None = None
+) -> Grid | Codebook:
+    """`fit_affine` or `fit_signed`, whichever the format allows, else what its own search of ranges finds."""
+    if spec.kind == "int" and spec.symmetry == "asym" and has_own_cells(spec):
+        return fit_affine(weight, spec, importance)
+    return fit_signed(weight, spec, importance) if can_be_signed(spec) else fit_grid(weight, spec, importance)
 
 
 def has_own_cells(spec: QuantSpec) -> bool:

@@ -138,10 +138,14 @@ class Keeping:
         return torch.where(self.kept[place], column, self.inner.value(place, column))
 
 
+def group_spec(spec: QuantSpec) -> QuantSpec:
+    """The format of one group by itself: one cell a row, or one column of groups along the outputs."""
+    return spec if _along_outputs(spec) else spec.model_copy(update={"granularity": "channel", "group_size": None})
+
+
 def fit_group(group: Float[Tensor, "o g"], spec: QuantSpec) -> Grid | Codebook:
-    """The grid of one group of a format: one cell a row, or one column of groups along the outputs."""
-    alone = spec if _along_outputs(spec) else spec.model_copy(update={"granularity": "channel", "group_size": None})
-    return fit_grid(group.float(), alone)
+    """The grid of one group, ranges searched as the format says."""
+    return fit_grid(group.float(), group_spec(spec))
 
 
 @dataclass(frozen=True)

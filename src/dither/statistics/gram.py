@@ -66,8 +66,8 @@ class Gram:
         if self.cross is self.quantized:  # nothing is subtracted, so that single precision will do
             gram, single = self.original.float(), weight.float()
             change = stored.to(single) - single
-            power, error = (float(((x @ gram) * x).sum()) for x in (single, change))
-            return max(error, 0.0) / power if power > 0 else 0.0
+            whole, error = (float(((x @ gram) * x).sum()) for x in (single, change))
+            return max(error, 0.0) / whole if whole > 0 else 0.0
         true, rounded = weight.to(self.quantized), stored.to(self.quantized)
         power = ((true @ self.original) * true).sum()
         difference = power - 2 * ((rounded @ self.cross) * true).sum() + ((rounded @ self.quantized) * rounded).sum()
