@@ -1,4 +1,4 @@
-"""Put the summary of docs/results/vit_methods.json between its markers in README.md.
+"""Put the summaries of docs/results/vit_methods.json and llm_methods.json between their markers in README.md.
 
 python benchmarks/readme_tables.py
 """
@@ -7,9 +7,14 @@ import json
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SHOWN = ("rtn", "repq", "gptq", "repq + gptq", "erq v1", "erq v2", "erq")
+LANGUAGE = ("rtn", "gptq", "lorc", "gptq-fitted")
+TOOLS = {"hqq": "HQQ", "llmcompressor": "llm-compressor, GPTQ"}
+BITS = (4, 3, 2)
+DATA = ("samples", "length", "windows", "window_length")
 
 
 def summary() -> str:
@@ -40,11 +45,50 @@ def _cell(values: list[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "–"
 
 
+def language() -> str:
+    """Perplexity and honest bits of dither's methods and of other tools, measured on equal data."""
+    made = json.loads((ROOT / "docs/results/llm_methods.json").read_text())
+    facts, peers = made["facts"], json.loads((ROOT / "docs/results/llm_peers.json").read_text())["runs"]
+    same = [one for one in peers if all(one[key] == facts[key] for key in DATA)]
+    lines = [
+        f"| `{facts['model']}`, perplexity ({facts['fp_perplexity']:.2f} in full precision) at bits per weight | "
+        + " | ".join(f"{bits} bits" for bits in BITS) + " |",
+        "|---" * (len(BITS) + 1) + "|",
+    ]  # fmt: skip
+    for tool, name in TOOLS.items():
+        cells = [_perplexity([one for one in same if one["peer"] == tool and one["bits"] == bits]) for bits in BITS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for label in LANGUAGE:
+        found = [one for one in made["runs"] if one["label"] == label]
+        cells = [_perplexity([one for one in found if f"int{bits}" in one["weights"]]) for bits in BITS]
+        name = f"**{label}**" if label == LANGUAGE[-1] else label
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    seeds = {one["seed"] for one in made["runs"]}
+    lines.append(
+        f"\nAll {facts['window_length']}-token windows of `{facts['evaluation']}`; calibration: {facts['samples']} × "
+        f"{facts['length']} tokens, {len(seeds)} draw{'s' if len(seeds) > 1 else ''}; in brackets bits per weight, "
+        "everything counted. Weights of the blocks alone are quantized."
+    )
+    return "\n".join(lines)
+
+
+def _perplexity(runs: list[dict[str, Any]]) -> str:
+    known = [run["perplexity"] for run in runs if run["perplexity"] is not None]
+    if not known:
+        return "–"
+    mean, bits = statistics.fmean(known), statistics.fmean(run["bits_per_weight"] for run in runs)
+    shown = f"{mean:.2f}" if mean < 1000 else f"{mean:.0e}".replace("e+0", " · 10^")
+    return f"{shown} ({bits:.2f})"
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    begin, end = text.index("-->\n", text.index("<!-- vit_methods")) + 4, text.index("<!-- end -->")
-    readme.write_text(text[:begin] + "\n" + summary() + "\n\n" + text[end:])
+    for marker, table in (("<!-- vit_methods", summary()), ("<!-- llm_methods", language())):
+        begin = text.index("-->\n", text.index(marker)) + 4
+        end = text.index("<!-- end -->", begin)
+        text = text[:begin] + "\n" + table + "\n\n" + text[end:]
+    readme.write_text(text)
 
 
 if __name__ == "__main__":
