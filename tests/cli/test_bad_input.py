@@ -70,7 +70,7 @@ def test_activations_that_overflow_name_their_module(refused: Callable[..., str]
         (("--weights", "imt4"), "did you mean 'int4'"),
         (("--weights", "int4:chanel"), "did you mean 'channel'"),
         (("--weights", "int9"), "bits must be 1 to 8"),
-        (("--weights", "log2-4"), "uniform"),
+        (("--weights", "log2-4"), "stores weights as one of int"),
         (("--activations", "int4:g8"), "tensor"),
         (("--weights", "int4:g7"), "7"),
         (("--set", "dampin=1"), "no field 'dampin'"),

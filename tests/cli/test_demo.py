@@ -13,8 +13,8 @@ def test_the_demo_shows_that_erq_beats_rounding_and_leaves_a_report_and_a_model(
 ) -> None:
     from dither import comparison
 
-    select, quantize = comparison.select, comparison.quantize  # fewer pictures than the demo takes, to save time
-    monkeypatch.setattr(comparison, "select", lambda data, count: select(data, 100))
+    exam, quantize = comparison.open_exam, comparison.quantize  # fewer pictures than the demo takes, to save time
+    monkeypatch.setattr(comparison, "open_exam", lambda network, data, *_: exam(network, data, 100))
     monkeypatch.setattr(comparison, "quantize", lambda *given, **named: quantize(*given, **{**named, "count": 8}))
     done = run("demo")
     assert done.code == 0, done.err

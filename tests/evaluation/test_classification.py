@@ -89,6 +89,8 @@ def test_fields_that_are_not_known_are_none() -> None:
         "agreement": None,
         "kl": None,
         "sqnr_db": None,
+        "perplexity": None,
+        "fp_perplexity": None,
     }
     assert evaluate_classifier(Mean(), [pictures()], class_ids=[0] * 5).fp_top1 is None
 

@@ -8,7 +8,7 @@ each group keeps its best zero-point; scales and zero-points are stored in float
 """
 
 from collections.abc import Iterable
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -36,8 +36,8 @@ class HQQ(Method):
     beta: Annotated[float, Field(gt=0)] = 10.0
     kappa: Annotated[float, Field(ge=1)] = 1.01
     iterations: Annotated[int, Field(ge=1)] = 20
-    round_zero: bool | None = Field(
-        default=None, description="begin with whole zero-points; none does so at 4 bits, as the released code"
+    round_zero: bool | Literal["auto"] = Field(
+        default="auto", description="begin with whole zero-points; auto does so at 4 bits, as the released code"
     )
 
     def run(self, blocks: Iterable[Block], engine: Engine) -> None:
@@ -49,7 +49,7 @@ class HQQ(Method):
     def solve(self, task: LayerTask) -> LayerSolution:
         """One layer: the grid of its extremes, better zero-points, nearest codes."""
         grid = fit_uniform(task.weight, self.weight_spec(task.name))
-        rounds = grid.spec.bits == ROUNDED if self.round_zero is None else self.round_zero
+        rounds = grid.spec.bits == ROUNDED if self.round_zero == "auto" else self.round_zero
         if rounds and has_real_zero_points(grid.spec):
             grid = with_zero_point(grid, grid.zero_point.round())
         notes = {} if has_real_zero_points(grid.spec) else {"zero_point": "not real in this format"}
