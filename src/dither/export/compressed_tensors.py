@@ -107,7 +107,7 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
     schemes = {name: _scheme_of(source, name, model) for name in source.layers}
     named = own_names(model, [f"{name}.weight" for name in schemes])
     modules = {name: named[f"{name}.weight"].removesuffix(".weight") for name in schemes}
-    kept = own_names(model, [name for name, _ in source.kept()])
+    kept = own_names(model, list(source.kept_names))
     files = write_folder(folder, _tensors(source, schemes, modules, kept, kind), source)
     quantization = configuration(schemes, modules, _ignored(model, source))
     files.append(write_config(source, folder, kind, quantization))
@@ -247,7 +247,7 @@ def read_weight(tensors: Checkpoint, name: str, config: Mapping[str, Any]) -> Fl
 
 def _unsigned(stored: Int[np.ndarray, "r w"], bits: int, count: int) -> Int[np.ndarray, "r n"]:
     """Codes of a row's stream of bits, each word from its lowest bit up."""
-    lanes = (stored.view(np.uint32)[:, :, None] >> np.arange(32, dtype=np.uint32)) & 1
-    places = lanes.reshape(len(stored), -1)[:, : count * bits].reshape(len(stored), count, bits)
-    codes: Int[np.ndarray, "r n"] = places.astype(np.int64) @ (1 << np.arange(bits, dtype=np.int64))
+    bits_of = np.unpackbits(np.ascontiguousarray(stored).astype("<i4").view(np.uint8), axis=1, bitorder="little")
+    places = bits_of[:, : count * bits].reshape(len(stored), count, bits).astype(np.float32)
+    codes: Int[np.ndarray, "r n"] = (places @ (1 << np.arange(bits)).astype(np.float32)).astype(np.int64)
     return codes

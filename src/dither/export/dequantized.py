@@ -33,7 +33,7 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
     """
     model, kind = skeleton(source), chosen_dtype(source, dtype)
     check_tensors(source, model)
-    own = [name for name, _ in source.kept()] + [f"{name}.weight" for name in source.layers]
+    own = list(source.kept_names) + [f"{name}.weight" for name in source.layers]
     names = checkpoint_names(model, own)
     notes = ["the weights take 16 bits again; activations are no longer quantized"]
     if len(names) < len(own):

@@ -62,7 +62,7 @@ def check_tensors(source: Source, model: nn.Module) -> None:
     if source.structure.get("experts"):
         raise InputError(f"{source.structure['experts'][0]}: experts taken apart cannot be exported yet; {instead}")
     known = set(model.state_dict())
-    for name, _ in source.kept():
+    for name in source.kept_names:
         if name not in known:
             raise InputError(f"{name}: {type(model).__name__} has no such tensor; {instead}")
 

@@ -186,7 +186,7 @@ def _names(source: Source, architecture: str) -> dict[str, str]:
     known = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(known, int(source.config["num_hidden_layers"]))
     names = {ROPE: ROPE}
-    for name in [*(name for name, _ in source.kept()), *(f"{name}.weight" for name in source.layers)]:
+    for name in [*source.kept_names, *(f"{name}.weight" for name in source.layers)]:
         found = table.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise InputError(f"{name}: a {architecture} file has no such tensor; export --to dequantized")

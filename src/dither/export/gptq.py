@@ -76,7 +76,7 @@ def _write(source: Source, folder: Path, dtype: str, shift: int) -> Written:
     settings = {name: _setting(source, name, model, shift) for name in source.layers}
     named = own_names(model, [f"{name}.weight" for name in settings])
     modules = {name: named[f"{name}.weight"].removesuffix(".weight") for name in settings}
-    kept = own_names(model, [name for name, _ in source.kept()])
+    kept = own_names(model, list(source.kept_names))
     files = write_folder(folder, _tensors(source, modules, kept, shift), source)
     config = configuration(settings, modules, _left(model, source), shift)
     write_json(config, folder / SETTINGS)

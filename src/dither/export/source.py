@@ -44,11 +44,14 @@ class Source:
         parts = {name.removeprefix(prefix): self.read(name) for name in self.names if name.startswith(prefix)}
         return QTensor.unpack(parts, read_layout(entry))
 
+    @property
+    def kept_names(self) -> tuple[str, ...]:
+        """Everything that is not part of a quantizer, biases of quantized layers included."""
+        return tuple(name for name in self.names if not any(f".{part}." in name for part in _INSIDE))
+
     def kept(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of everything that is not part of a quantizer, biases of quantized layers included."""
-        for name in self.names:
-            if not any(f".{part}." in name for part in _INSIDE):
-                yield name, self.read(name)
+        """Names and tensors of what `kept_names` lists."""
+        yield from ((name, self.read(name)) for name in self.kept_names)
 
 
 def open_source(result: Result | str | Path) -> Source:
