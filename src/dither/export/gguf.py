@@ -130,16 +130,25 @@ class File:
         return x if heads is None else x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
     def write_tensors(self, writer: Any) -> None:
-        """Announce all tensors, then write them one by one."""
-        for name, data, kind in self._data():
+        """Announce all tensors, then write them one by one; each is computed only when its bytes are written."""
+        for name, data, kind in self._kept():
             writer.add_tensor_info(self.names[name], data.shape, data.dtype, data.nbytes, kind)
+        for name, text in self.types.items():
+            kind = gguf.GGMLQuantizationType[text]
+            size, nbytes = gguf.GGML_QUANT_SIZES[kind]
+            rows, columns = self.source.layers[name]["shape"]
+            shape = (rows, columns // size * nbytes)
+            writer.add_tensor_info(self.names[f"{name}.weight"], shape, np.dtype(np.uint8), rows * shape[1], kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, data, _ in self._data():
+        for _, data, _ in self._kept():
             writer.write_tensor_data(data)
+        for name, text in self.types.items():
+            stored = blocks(_integers(self.source, name), text)
+            writer.write_tensor_data(self.ordered(f"{name}.weight", stored).numpy())
 
-    def _data(self) -> Iterator[tuple[str, np.ndarray[Any, Any], Any]]:
+    def _kept(self) -> Iterator[tuple[str, np.ndarray[Any, Any], Any]]:
         for name, tensor in self.source.kept():
             dtype = torch.float32 if tensor.ndim == 1 else self.kept
             data = cast(name, self.ordered(name, tensor), dtype)
@@ -148,9 +157,6 @@ class File:
         factors = rope_factors(self.source.config)
         if factors is not None:
             yield ROPE, factors, gguf.GGMLQuantizationType.F32
-        for name, kind in self.types.items():
-            rows = self.ordered(f"{name}.weight", blocks(_integers(self.source, name), kind))
-            yield f"{name}.weight", rows.numpy(), getattr(gguf.GGMLQuantizationType, kind)
 
     def read(self, tensors: Mapping[str, Any], name: str) -> Float[np.ndarray, "o ..."]:
         """A matrix or vector as the `gguf` package decodes it, its rows in the order of transformers again."""
