@@ -1,0 +1,67 @@
+"""From a table and budgets to an allocation, by a solver that is chosen by name."""
+
+from collections.abc import Mapping
+
+from dither.allocation.allocation import Allocation
+from dither.allocation.frontier import dynamic
+from dither.allocation.knapsack import knapsack
+from dither.allocation.lagrangian import lagrangian
+from dither.allocation.monotone import monotone
+from dither.allocation.problem import Problem, Solver
+from dither.allocation.table import SIZE, ScoreTable
+from dither.allocation.uniform import uniform
+from dither.errors import InputError, nearest
+
+SOLVERS: dict[str, Solver] = {
+    "milp": knapsack,
+    "lagrangian": lagrangian,
+    "dp": dynamic,
+    "hawq-v2": monotone,
+    "uniform": uniform,
+}
+
+
+def solver_named(name: str) -> Solver:
+    """The solver of a name.
+
+    Raises:
+        InputError: there is none; the message names the nearest.
+    """
+    if name not in SOLVERS:
+        raise InputError(f"unknown solver {name!r}{nearest(name, SOLVERS)} (known: {', '.join(SOLVERS)})")
+    return SOLVERS[name]
+
+
+def problem_of(table: ScoreTable, budgets: Mapping[str, float]) -> Problem:
+    """The knapsack of a table within budgets, by resource; `size` is in bits of the units alone.
+
+    Raises:
+        InputError: a budget that cannot be met; the message says what can, and what share of the model is fixed.
+    """
+    try:
+        return Problem(table.scores, table.costs, budgets, table.priority)
+    except InputError as error:
+        raise InputError(f"{error}{_in_bits(table, budgets)}") from None
+
+
+def solve(table: ScoreTable, budgets: Mapping[str, float], solver: str = "milp") -> Allocation:
+    """The best allocation of a table within budgets, by resource; `size` is in bits of the units alone.
+
+    Raises:
+        InputError: `problem_of`'s, or the solver's.
+    """
+    problem = problem_of(table, budgets)
+    solution = solver_named(solver)(problem)
+    return Allocation.of(table, problem, solution)
+
+
+def _in_bits(table: ScoreTable, budgets: Mapping[str, float]) -> str:
+    if SIZE not in budgets or not table.parameters:
+        return ""
+    low, high = Problem(table.scores, table.costs, {SIZE: float("inf")}).range(SIZE)
+    share = table.fixed_bits / (table.fixed_bits + high)
+    asked = budgets[SIZE] / table.parameters
+    return (
+        f" ({asked:.4g} bits a weight asked for, {low / table.parameters:.4g} to {high / table.parameters:.4g} "
+        f"possible; parts that are not chosen for take {table.fixed_bits // 8} bytes, {share:.0%} of the largest model)"
+    )
