@@ -21,7 +21,7 @@ from dither.models.network import Network, load_into, open_network
 from dither.models.streaming import exceeds_memory
 from dither.nn.linear import cache_weights
 from dither.planning import SPILL_BUDGET
-from dither.provenance import model_sha256, provenance
+from dither.provenance import provenance
 from dither.recipe import parse_method, resolved
 from dither.result import Report, Result
 from dither.run import Progress, Run
@@ -71,7 +71,7 @@ def quantize(
     run.progress, network = progress, run.network
     if runtime is not None:
         refuse(findings(network, run.anatomy, run.method, runtime), runtime)
-    facts = provenance(model_sha256(network.tensors()), run.data, seed, network.device)
+    facts = provenance(run.sha256, run.data, seed, network.device)
     exam = None if evaluation is None else _prepare(network, evaluation, evaluate_count, seen, progress)
     if output is not None:
         run.unfinished = Unfinished(Path(output), _fingerprint(facts, run.method), resume)
@@ -128,7 +128,6 @@ def plan(
     keeps the result from running in `runtime`, or makes it slow there.
     """
     run, _ = _begin(model, method, calibration, count, seed, batch_size, device, length, stream)
-    model_sha256(run.network.tensors())  # refuses NaN
     return run.plan(runtime)
 
 

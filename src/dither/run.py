@@ -10,12 +10,14 @@ from dither.engine.local import InProcess, ProcessPool
 from dither.errors import InputError
 from dither.methods.base import Method
 from dither.models.anatomy import Anatomy, Unit, read_anatomy
+from dither.models.batchnorm import few, fold_batch_norms, is_batch_norm
 from dither.models.coverage import coverage
 from dither.models.gradients import NOT_RESIDENT, Gradients
 from dither.models.network import Network
 from dither.models.selection import matching, without
 from dither.nn.experts import unfuse
 from dither.planning import SPILL_BUDGET, check_formats, make_plan, memory, sizes_seen
+from dither.provenance import model_sha256
 from dither.recipe import resolved
 from dither.runtime_rules import findings
 from dither.unfinished import Unfinished
@@ -42,8 +44,17 @@ class Run:
         unfuse(network.model)
         if method.backward and network.weights is not None:
             raise InputError(f"{method.name}: {NOT_RESIDENT}")
+        self.sha256 = model_sha256(network.tensors())  # of the model as it was given; refuses NaN
+        if method.fold_norms:
+            self.remarks |= self._fold()
         with sizes_seen(network.model) as self.sizes:
             self.anatomy = self._read()
+
+    def _fold(self) -> dict[str, str]:
+        if self.network.weights is None:
+            return fold_batch_norms(self.network.model, lambda: self.network.run(few(self.data.batches[0])))
+        norms = [name for name, module in self.network.model.named_modules() if is_batch_norm(module)]
+        return dict.fromkeys(norms, "not folded: the model is read block by block")
 
     def _read(self) -> Anatomy:
         anatomy = without(

@@ -20,7 +20,7 @@ from dither.export.folder import (
     write_config,
     write_folder,
 )
-from dither.export.source import Source, skeleton
+from dither.export.source import Source, skeleton, unfolded
 from dither.export.written import Written, value_bound
 from dither.models.layers import is_conv1d
 
@@ -32,6 +32,8 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
         InputError: the architecture has no place for a tensor, or a value does not fit.
     """
     model, kind = skeleton(source), chosen_dtype(source, dtype)
+    if source.structure.get("folded"):
+        source = unfolded(source, model)
     check_tensors(source, model)
     own = list(source.kept_names) + [f"{name}.weight" for name in source.layers]
     names = checkpoint_names(model, own)
@@ -51,7 +53,7 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
         return value_bound(np.asarray(source.weight(name).dequantize()), kind)
 
     return Written(
-        files, kind, weight, lambda name: tensors.read(names[name]), bound,
+        files, kind, weight, lambda name: tensors.read(names[name]) if name in names else None, bound,
         "transformers and what reads its folders", notes,
     )  # fmt: skip
 

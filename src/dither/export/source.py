@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dither.errors import InputError
@@ -111,3 +112,33 @@ def skeleton(source: Source) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         model: nn.Module = kind(config)
     return model.eval()
+
+
+def unfolded(source: Source, model: nn.Module) -> Source:
+    """The network with its batch normalizations again, which pass on what they get and add the layers' new biases.
+
+    A plain architecture has no other place for the bias that folding gave a layer.
+    """
+    folded = source.structure.get("folded", {})
+    made: dict[str, Tensor] = {}
+    moved: set[str] = set()
+    for name, layer in folded.items():
+        norm = model.get_submodule(name)
+        made |= {f"{name}.{key}": _neutral(key, x, norm) for key, x in norm.state_dict().items()}
+        if getattr(model.get_submodule(layer), "bias", None) is None and f"{name}.bias" in made:
+            made[f"{name}.bias"] = source.read(f"{layer}.bias")
+            moved.add(f"{layer}.bias")
+    structure = {key: part for key, part in source.structure.items() if key != "folded"}
+    names = tuple(name for name in source.names if name not in moved) + tuple(made)
+    read = source.read
+    return replace(
+        source, structure=structure, names=names, read=lambda name: made[name] if name in made else read(name)
+    )
+
+
+def _neutral(key: str, like: Tensor, norm: nn.Module) -> Tensor:
+    """What makes a normalization put out its input."""
+    dtype = like.dtype
+    if key == "running_var":
+        return torch.full(like.shape, 1 - float(getattr(norm, "eps", 1e-5)), dtype=dtype)
+    return torch.full(like.shape, float(key == "weight"), dtype=dtype)

@@ -41,6 +41,7 @@ class Method(BaseModel):
     probabilities: ProbabilitySpec = Field(default=None, description="softmax output")
     entry_activations: ActivationSpec = Field(default=None, description="input of the first layer, the picture itself")
     inputs: Inputs = Field(default="fp", description="whose inputs are calibrated on: fp, quantized prefix or both")
+    fold_norms: bool = Field(default=True, description="batch normalizations into the layers before them, first")
     skip: tuple[str, ...] = Field(default=(), description="layers to keep: names or patterns with *")
     overrides: dict[str, WeightSpec] = Field(default={}, description="other weight formats by name or pattern")
 

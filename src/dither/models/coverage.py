@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from dither.models.layers import is_layer
+from dither.nn.batchnorm import FoldedNorm
 from dither.nn.experts import is_fused
 from dither.nn.linear import PackedWeight, QuantizedConv2d, QuantizedLinear
 
@@ -18,7 +19,7 @@ _REASONS = (
 
 
 def coverage(model: nn.Module, kept: Mapping[str, str], remarks: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A row for each module: name, class, parameters, status (`quantized` or `kept`) and reason.
+    """A row for each module: name, class, parameters, status (`quantized`, `kept` or `folded`) and reason.
 
     A parameter that several modules share counts for the first. `kept` gives the reasons of layers left out on purpose,
     `remarks` what was done to other modules on the way.
@@ -29,6 +30,8 @@ def coverage(model: nn.Module, kept: Mapping[str, str], remarks: Mapping[str, st
             count = module.packed.shape[0] * module.packed.shape[1]
             count += 0 if module.bias is None else module.bias.numel()
             rows.append(_row(name, module, count, "quantized", "; ".join(_quantized(name, module, remarks))))
+        elif isinstance(module, FoldedNorm):
+            rows.append(_row(name, module, 0, "folded", f"folded into {module.layer}"))
         elif not isinstance(module, PackedWeight) and (own := list(module.parameters(recurse=False))):
             count = sum(x.numel() for x in own if owners.setdefault(id(x), name) == name)  # a tied one counts once
             reason = kept.get(name) or remarks.get(name) or _reason(module)

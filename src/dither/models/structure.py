@@ -9,9 +9,11 @@ from torch import nn
 from dither.errors import StorageError
 from dither.formats.layout import Layout
 from dither.formats.spec import QuantSpec
+from dither.models.batchnorm import restore_fold
 from dither.models.layers import is_layer
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands, quantize_attention
+from dither.nn.batchnorm import FoldedNorm
 from dither.nn.experts import Experts, is_fused
 from dither.nn.linear import ConvGeometry, PackedWeight, QuantizedConv2d, QuantizedLinear
 
@@ -20,7 +22,7 @@ Structure = dict[str, Any]
 
 
 def describe(model: nn.Module, prefix: str = "") -> Structure:
-    """Quantized layers, attention operands, norm biases and experts taken apart, by module name below `prefix`."""
+    """Quantized layers, attention operands, norm biases, experts taken apart, folded norms, by name below `prefix`."""
     structure: Structure = {"schema": SCHEMA, "layers": {}, "attention": {}, "biases": {}}
     for name, module in model.named_modules(prefix=prefix):
         if isinstance(module, QuantizedLinear | QuantizedConv2d):
@@ -36,6 +38,8 @@ def describe(model: nn.Module, prefix: str = "") -> Structure:
             structure["biases"][name] = module.get_parameter("bias").shape[0]
         elif isinstance(module, Experts):
             structure.setdefault("experts", []).append(name)
+        elif isinstance(module, FoldedNorm):
+            structure.setdefault("folded", {})[name] = module.layer
     return structure
 
 
@@ -79,6 +83,9 @@ def rebuild(model: nn.Module, structure: Mapping[str, Any]) -> None:
         raise StorageError(f"expected quantization schema {SCHEMA}, got {structure.get('schema')}; update dither")
     for name in structure.get("experts", ()):
         _take_apart(model, name)
+    for name, layer in structure.get("folded", {}).items():
+        _module(model, layer)
+        restore_fold(model, _module(model, name), name, layer)
     for name, entry in structure["layers"].items():
         holder, _, leaf = name.rpartition(".")
         empty = _empty_layer(_module(model, name), name, entry)
