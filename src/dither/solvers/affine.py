@@ -20,6 +20,7 @@ from dither.formats.ranges import affine, stored_scale
 from dither.formats.spec import QuantSpec
 
 SHRINKS = (1.0, 0.85, 0.7, 0.55)  # of the extremes' range, where the turns begin
+AT_ONCE = 2**20  # entries whose grids are fitted together; bounds the memory
 TURNS = 6  # measured: the error of normal weights falls by less than 1 % after these
 SIGNED_SHRINKS = tuple(1 - 0.05 * step for step in range(10))
 
@@ -34,29 +35,43 @@ def fit_affine(weight: Float[Tensor, "o i"], spec: QuantSpec, importance: Float[
     if spec.kind != "int" or spec.symmetry != "asym":
         raise SpecError(f"{spec}: only an asymmetric grid has an offset to fit")
     cells, weigh = _cells(weight, spec, importance)
-    shape, top = cells.shape[:2], highest_code(spec)
-    cells, weigh = cells.flatten(0, 1), weigh.expand_as(cells).flatten(0, 1)
-    first, last = cells.amin(dim=1, keepdim=True), cells.amax(dim=1, keepdim=True)
-    best, found = torch.full_like(first, torch.inf), (first, last)
-    for shrink in SHRINKS:
-        middle, half = (first + last) / 2, (last - first) / 2 * shrink
-        low, scale = middle - half, (2 * half / top).clamp_min(torch.finfo(cells.dtype).tiny)
-        for turn in range(TURNS + 1):
-            if turn in (0, TURNS):
-                error = _error(cells, low, low + top * scale, spec, weigh)
-                better = error < best
-                best = torch.where(better, error, best)
-                found = torch.where(better, low, found[0]), torch.where(better, low + top * scale, found[1])
-            low, scale = _line(((cells - low) / scale).round_().clamp_(0, top), cells, weigh, scale)
-    low, high = (part.reshape(shape) for part in found)
+    shape = cells.shape[:2]
+    rows = cells.flatten(0, 1).split(max(1, AT_ONCE // cells.shape[2]))
+    weighs = weigh.expand_as(cells).flatten(0, 1).split(max(1, AT_ONCE // cells.shape[2]))
+    found = [_least(part, own, spec) for part, own in zip(rows, weighs, strict=True)]
+    low, high = (torch.cat(ends).reshape(shape) for ends in zip(*found, strict=True))
     return grid_of_ranges(low, high, spec, None, column_index(spec, weight.shape[1], weight.device))
 
 
-def _error(cells: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, weigh: Tensor) -> Tensor:
-    """Of every cell on the grid of a range, with its scale and zero-point as they are stored."""
-    scale, zero_point = (part[:, None] for part in affine(low[:, 0], high[:, 0], spec))
-    value = decode(encode(cells, scale, zero_point, spec), scale, zero_point)
-    return (value.sub_(cells).square_() * weigh).sum(dim=1, keepdim=True)
+def _least(cells: Float[Tensor, "n m"], weigh: Float[Tensor, "n m"], spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The ends of each cell's best grid; all beginnings take their turns together, as few large steps are fast."""
+    top = highest_code(spec)
+    first, last = cells.amin(dim=1, keepdim=True), cells.amax(dim=1, keepdim=True)
+    shrinks = torch.tensor(SHRINKS, dtype=cells.dtype, device=cells.device)[:, None, None]
+    middle, half = (first + last) / 2, (last - first) / 2 * shrinks
+    low, scale = middle - half, (2 * half / top).clamp_min(torch.finfo(cells.dtype).tiny)
+    seen = []
+    for turn in range(TURNS + 1):
+        if turn in (0, TURNS):
+            seen.append((_error(cells, low, low + top * scale, spec, weigh), low, low + top * scale))
+        if turn < TURNS:
+            low, scale = _line(((cells - low) / scale).round_().clamp_(0, top), cells, weigh, scale)
+    error, low, high = (torch.stack(parts, dim=1).flatten(0, 1)[..., 0] for parts in zip(*seen, strict=True))
+    best = error.argmin(dim=0, keepdim=True)
+    return low.gather(0, best)[0], high.gather(0, best)[0]
+
+
+def _error(
+    cells: Float[Tensor, "n m"],
+    low: Float[Tensor, "c n 1"],
+    high: Float[Tensor, "c n 1"],
+    spec: QuantSpec,
+    weigh: Float[Tensor, "n m"],
+) -> Float[Tensor, "c n 1"]:
+    """Of every cell on the grids of some ranges, with scale and zero-point as they are stored."""
+    scale, zero_point = (part.reshape(low.shape) for part in affine(low.flatten(), high.flatten(), spec))
+    value = decode(encode(cells.expand(len(low), -1, -1), scale, zero_point, spec), scale, zero_point)
+    return (value.sub_(cells).square_() * weigh).sum(dim=-1, keepdim=True)
 
 
 def fit_signed(
@@ -120,11 +135,18 @@ def _cells(weight: Tensor, spec: QuantSpec, importance: Tensor | None) -> tuple[
     return weight.reshape(weight.shape[0], -1, size), weigh.reshape(1, -1, size)
 
 
-def _line(codes: Tensor, cells: Tensor, weigh: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _line(
+    codes: Float[Tensor, "c n m"],
+    cells: Float[Tensor, "n m"],
+    weigh: Float[Tensor, "n m"],
+    scale: Float[Tensor, "c n 1"],
+) -> tuple[Float[Tensor, "c n 1"], Float[Tensor, "c n 1"]]:
     """Offset and scale of least weighted squared error for given codes; cells of one code keep their scale."""
-    total = weigh.sum(dim=1, keepdim=True)
-    code, cell = ((weigh * part).sum(dim=1, keepdim=True) / total for part in (codes, cells))
-    spread = (weigh * (codes - code).square()).sum(dim=1, keepdim=True)
-    together = (weigh * (codes - code) * (cells - cell)).sum(dim=1, keepdim=True)
+    total = weigh.sum(dim=-1, keepdim=True)
+    code, cell = ((weigh * part).sum(dim=-1, keepdim=True) / total for part in (codes, cells))
+    apart = codes - code
+    weighed = weigh * apart
+    spread = (weighed * apart).sum(dim=-1, keepdim=True)
+    together = (weighed * (cells - cell)).sum(dim=-1, keepdim=True)
     scale = torch.where((spread > 0) & (together > 0), together / spread.clamp_min(1e-30), scale)
     return cell - scale * code, scale

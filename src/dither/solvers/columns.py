@@ -18,8 +18,9 @@ from torch import Tensor
 from dither.formats.codebook import Codebook
 from dither.formats.grid import Grid
 from dither.formats.spec import QuantSpec
+from dither.kernels.column_sweep import sweep_uniform_
 from dither.solvers.cholesky import factorize, inverse_upper
-from dither.solvers.rounders import GroupFit, Keeping, OnTheWay, Recording, Rounder, on_grid
+from dither.solvers.rounders import GroupFit, Keeping, OnTheWay, Rounder, Uniform, on_grid
 
 BLOCK = 64  # released code: 128; measured: on a CPU 64 is faster, the result is the same
 
@@ -99,9 +100,8 @@ def compensated_by_columns(
     """
     columns = weight.shape[1]
     ordered = Ordered.of(weight, gram, columns, damping, act_order)
-    recording = Recording(on_grid(grid, weight, ordered.order), [])
-    sweep(ordered, recording, columns)
-    return ordered.restored(torch.stack(recording.columns, dim=1))
+    _, seen = traverse(ordered, on_grid(grid, weight, ordered.order), columns)
+    return ordered.restored(seen)
 
 
 def compensated_by_groups(
@@ -120,9 +120,8 @@ def compensated_by_groups(
     columns = weight.shape[1]
     ordered = Ordered.of(weight, gram, columns, damping, act_order)
     fitted = OnTheWay.of(spec, ordered.order, fit)
-    recording = Recording(fitted, [])
-    sweep(ordered, recording, columns)
-    return ordered.restored(torch.stack(recording.columns, dim=1)), fitted.grid(spec)
+    _, seen = traverse(ordered, fitted, columns)
+    return ordered.restored(seen), fitted.grid(spec)
 
 
 def round_by_groups(
@@ -169,20 +168,42 @@ def _without_dead(gram_: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
 
 def sweep(ordered: Ordered, rounder: Rounder, count: int) -> Float[Tensor, "o k"]:
     """The weight with its first `count` places rounded and the rest compensated, in the order of the sweep."""
+    return traverse(ordered, rounder, count)[0]
+
+
+def traverse(ordered: Ordered, rounder: Rounder, count: int) -> tuple[Float[Tensor, "o k"], Float[Tensor, "o k"]]:
+    """What `sweep` gives, and every column as it was when its turn came, with all compensation."""
     weight, upper = ordered.weight.T.contiguous(), ordered.upper  # a column of the weight is then a contiguous row
-    size = rounder.size
+    rounded, size = torch.empty_like(weight), rounder.size
     for start, stop in lazy_blocks(count, size):
         block, corner = weight[start:stop], upper[start:stop, start:stop]
-        errors, diagonal = torch.empty_like(block), corner.diagonal().tolist()
-        for k in range(stop - start):
-            if (start + k) % size == 0:
-                rounder.enter(start + k, weight[start + k : min(start + k + size, count)])
-            value = rounder.value(start + k, block[k])
-            error = torch.sub(block[k], value, out=errors[k]).div_(diagonal[k])
-            block[k + 1 :].addr_(corner[k, k + 1 :], error, alpha=-1)
-            block[k] = value
+        errors = torch.empty_like(block)
+        for first in range(start, stop, min(size, stop - start)):  # a part belongs to one group
+            last = min(first + size, stop)
+            if first % size == 0:
+                rounder.enter(first, weight[first : min(first + size, count)])
+            part = slice(first - start, last - start)
+            rounded[first:last], errors[part] = _round_part(rounder, block, corner, first, part)
         weight[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    return weight.T
+    rounded[count:] = weight[count:]
+    return rounded.T, weight.T
+
+
+def _round_part(
+    rounder: Rounder, block_: Float[Tensor, "n o"], corner: Float[Tensor, "n n"], first: int, part: slice
+) -> tuple[Float[Tensor, "m o"], Float[Tensor, "m o"]]:
+    """Values and errors of a part of a block, which begins at place `first`; the columns behind it are compensated."""
+    begin, end = part.start, part.stop
+    cells = rounder.cells(first, first + end - begin) if isinstance(rounder, Uniform) else None
+    if cells is not None:
+        scale, zero_point, spec = cells
+        return sweep_uniform_(block_, corner, scale.to(block_), zero_point.to(block_), spec, begin)
+    values, errors = torch.empty_like(block_[part]), torch.empty_like(block_[part])
+    for k, diagonal in enumerate(corner.diagonal()[part].tolist(), begin):
+        values[k - begin] = rounder.value(first + k - begin, block_[k])
+        error = torch.sub(block_[k], values[k - begin], out=errors[k - begin]).div_(diagonal)
+        block_[k + 1 :].addr_(corner[k, k + 1 :], error, alpha=-1)
+    return values, errors
 
 
 def lazy_blocks(count: int, size: int) -> Iterator[tuple[int, int]]:

@@ -33,6 +33,17 @@ class Rounder(Protocol):
         """What a column becomes."""
 
 
+Cells = tuple[Float[Tensor, "n o"], Float[Tensor, "n o"], QuantSpec]
+
+
+@runtime_checkable
+class Uniform(Rounder, Protocol):
+    """A rounder whose values are, or may be, the nearest on a uniform grid."""
+
+    def cells(self, start: int, stop: int) -> Cells | None:
+        """Scale, zero-point and format of places of the group entered last; None where its grid is not uniform."""
+
+
 def on_grid(grid: Grid | Codebook, weight: Float[Tensor, "o k"], order: Int[Tensor, " n"]) -> Rounder:
     """The rounder of a grid that is fitted already, for a sweep over `order` in the weight's dtype."""
     if isinstance(grid, Codebook):
@@ -58,6 +69,10 @@ class _OnUniform:
         """Nearest on the grid."""
         cell = self.scale[place], self.zero_point[place]
         return decode(encode(column, *cell, self.spec), *cell)
+
+    def cells(self, start: int, stop: int) -> Cells:
+        """Those of the places."""
+        return self.scale[start:stop], self.zero_point[start:stop], self.spec
 
 
 @dataclass(frozen=True)
@@ -101,6 +116,14 @@ class OnTheWay:
     def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
         """Nearest on the group's grid."""
         return self.grids[-1].round(column[:, None], slice(0, 1))[:, 0]
+
+    def cells(self, start: int, stop: int) -> Cells | None:
+        """The one of each row, for all places."""
+        grid = self.grids[-1]
+        if not isinstance(grid, Grid):
+            return None
+        scale, zero_point = (part.T.expand(stop - start, -1) for part in grid.cells(slice(0, 1)))
+        return scale, zero_point, grid.spec
 
     def grid(self, spec: QuantSpec) -> Grid | Codebook:
         """All groups as one grid of the whole matrix."""
@@ -146,28 +169,6 @@ def group_spec(spec: QuantSpec) -> QuantSpec:
 def fit_group(group: Float[Tensor, "o g"], spec: QuantSpec) -> Grid | Codebook:
     """The grid of one group, ranges searched as the format says."""
     return fit_grid(group.float(), group_spec(spec))
-
-
-@dataclass(frozen=True)
-class Recording:
-    """Another rounder that keeps every column as it was when its turn came."""
-
-    inner: Rounder
-    columns: list[Float[Tensor, " o"]]
-
-    @property
-    def size(self) -> int:
-        """Columns of a group."""
-        return self.inner.size
-
-    def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
-        """As the other does."""
-        self.inner.enter(start, current)
-
-    def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
-        """What the other says."""
-        self.columns.append(column.clone())
-        return self.inner.value(place, column)
 
 
 def side_by_side(
