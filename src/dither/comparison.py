@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dither.data import DataSet, open_data
+from dither.distilled import DISTILLED
 from dither.errors import DitherError, InputError
 from dither.evaluation.exam import BATCH, open_exam, refuse_overlap
 from dither.methods.base import Method
@@ -50,8 +51,10 @@ def compare(
     """
     jobs = _jobs(methods, weights, activations)
     network = open_network(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    questions, source = _open(data), _open(calibration)
-    refuse_overlap(source, questions)
+    questions = _open(data)
+    source = DISTILLED if calibration == DISTILLED else _open(calibration)
+    if not isinstance(source, str):
+        refuse_overlap(source, questions)
     exam = open_exam(network, questions, evaluate_count, 0, batch_size).answered_by(network)
     runs: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
@@ -61,8 +64,9 @@ def compare(
     for done, (draw, (label, method)) in enumerate((draw, job) for draw in draws for job in jobs):
         within = _within(progress, f"{label} seed {draw}", done, total)
         try:
+            drawn = source if method.without_data() is None else None  # without data means without data here too
             result = quantize(
-                network.model, method, source, count=count, seed=draw, length=length, workers=workers, progress=within
+                network.model, method, drawn, count=count, seed=draw, length=length, workers=workers, progress=within
             )
             found = exam.mark(result.network)
         except (DitherError, RuntimeError) as error:  # RuntimeError: torch is out of memory, or a factorization failed

@@ -13,10 +13,12 @@ from torch import nn
 
 from dither.data import DataSet, open_data
 from dither.data.calibration import LENGTH, prepare_calibration
+from dither.distilled import DISTILLED, calibration_without_data
 from dither.engine.local import ProcessPool, engine
 from dither.errors import InputError
 from dither.evaluation.exam import Exam, open_exam, refuse_overlap
 from dither.methods.base import Method
+from dither.models.distil import Distillation
 from dither.models.network import Network, load_into, open_network
 from dither.models.streaming import exceeds_memory
 from dither.nn.linear import cache_weights
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 def quantize(
     model: str | Path | nn.Module,
     method: Method | str,
-    calibration: Any,
+    calibration: Any = None,
     *,
     output: str | Path | None = None,
     resume: bool = False,
@@ -54,7 +56,8 @@ def quantize(
     """Quantize a model; a module that is given is not changed, its copy is.
 
     `calibration` is a path of pictures or text, a data set, PIL pictures, a tensor or an iterable of batches; `count`
-    pictures, or sequences of `length` tokens, are drawn from it by `seed`. With `output`, finished units are written
+    pictures, or sequences of `length` tokens, are drawn from it by `seed`. "distilled" makes pictures from the model's
+    batch normalizations, as does None for a method that needs no data. With `output`, finished units are written
     at once, so that `resume` goes on after an interruption, and the result is saved there. `evaluation` data (or
     `evaluate_count` of them) compare the result with the full-precision model once it is saved; the report then says
     how they differ. `runtime` names where the result is to run: what would not run there is refused before the work
@@ -67,17 +70,17 @@ def quantize(
     elif stream:
         raise InputError("a model that is read block by block needs an output, which its finished units are written to")
     stream = False if output is None else stream
-    run, seen = _begin(model, method, calibration, count, seed, batch_size, device, length, stream)
-    run.progress, network = progress, run.network
+    run, seen = _begin(model, method, calibration, count, seed, batch_size, device, length, stream, progress)
+    network = run.network
     if runtime is not None:
         refuse(findings(network, run.anatomy, run.method, runtime), runtime)
     facts = provenance(run.sha256, run.data, seed, network.device)
     exam = None if evaluation is None else _prepare(network, evaluation, evaluate_count, seen, progress)
     if output is not None:
-        run.unfinished = Unfinished(Path(output), _fingerprint(facts, run.method), resume)
+        run.unfinished = Unfinished(Path(output), _fingerprint(facts, run.recipe), resume)
     with _single_purpose(), _pool(workers) as pool:
         run.walk(pool, spill_budget)
-    result = Result(network, run.method, Report(run.report(facts, perf_counter() - started)))
+    result = Result(network, run.recipe, Report(run.report(facts, perf_counter() - started)))
     if run.unfinished is not None and output is not None:
         result._write(Path(output))
         network.saved(Path(output))
@@ -112,7 +115,7 @@ def _counting(progress: Progress | None, what: str, exam: Exam) -> Callable[[int
 def plan(
     model: str | Path | nn.Module,
     method: Method | str,
-    calibration: Any,
+    calibration: Any = None,
     *,
     count: int | None = None,
     seed: int = 0,
@@ -141,16 +144,27 @@ def _begin(
     device: str | torch.device | None,
     length: int | None,
     stream: bool | None,
+    progress: Progress | None = None,
 ) -> tuple[Run, Any]:
     """The run before its first unit, and the calibration data as a set where they are one."""
     method = parse_method(method, {}) if isinstance(method, str) else method
-    source = open_data(calibration) if isinstance(calibration, str | Path) else calibration
+    own = method.without_data()
+    if calibration is None and own is None:
+        raise InputError(f"{method.name} needs calibration data: a folder of pictures, a text file, tensors, …")
+    made = calibration is None or (isinstance(calibration, str) and calibration == DISTILLED)
+    source = open_data(calibration) if isinstance(calibration, str | Path) and not made else calibration
     network = _open(model, device, stream)
+    if made:
+        settings = own or Distillation()
+        pictures, facts = calibration_without_data(network, settings, count, seed, batch_size, progress)
+        run = Run(network, method, pictures, progress)
+        run.facts |= {"distilled": facts} if facts else {}
+        return run, None
     data = prepare_calibration(
         source, network.processor, network.channels, count, seed, batch_size, network.device, network.tokenizer,
         min(LENGTH, network.context) if length is None else length,
     )  # fmt: skip
-    return Run(network, method, data), source
+    return Run(network, method, data, progress), source
 
 
 def load(

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from dither.data.calibration import Calibration
 from dither.engine.local import InProcess, ProcessPool
 from dither.errors import InputError
@@ -14,6 +16,7 @@ from dither.models.batchnorm import few, fold_batch_norms, is_batch_norm
 from dither.models.coverage import coverage
 from dither.models.gradients import NOT_RESIDENT, Gradients
 from dither.models.network import Network
+from dither.models.preparing import Subject
 from dither.models.selection import matching, without
 from dither.nn.experts import unfuse
 from dither.planning import SPILL_BUDGET, check_formats, make_plan, memory, sizes_seen
@@ -30,11 +33,12 @@ Progress = Callable[[str, int, int], None]  # (what, units or pictures done, in 
 class Run:
     """One quantization of a network with a method on calibration data."""
 
-    def __init__(self, network: Network, method: Method, data: Calibration) -> None:
-        """Run the network once, to find out what it is made of."""
-        self.network, self.method, self.data = network, method, data
+    def __init__(self, network: Network, method: Method, data: Calibration, progress: Progress | None = None) -> None:
+        """Run the network once, to find out what it is made of, and prepare it as the method wants."""
+        self.network, self.recipe, self.method, self.data = network, method, method, data
         self.unfinished: Unfinished | None = None
-        self.progress: Progress | None = None
+        self.progress = progress
+        self.facts: dict[str, Any] = {}  # for the report, by their names there
         self.original_bytes = network.stored_bytes
         self.parameters = sum(p.numel() for p in network.model.parameters())
         self.records: list[LayerRecord] = []
@@ -49,6 +53,17 @@ class Run:
             self.remarks |= self._fold()
         with sizes_seen(network.model) as self.sizes:
             self.anatomy = self._read()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        subject = Subject(self.network.model, self.anatomy, self.network.run, self.data.batches, self.progress)
+        with torch.no_grad():
+            found = self.method.prepare(subject)
+        self.remarks |= found.remarks
+        self.facts |= found.facts
+        if found.formats:
+            self.method = self.method.model_copy(update={"overrides": {**found.formats, **self.method.overrides}})
+            check_formats(self.network.model, self.anatomy, self.method)
 
     def _fold(self) -> dict[str, str]:
         if self.network.weights is None:
@@ -139,7 +154,7 @@ class Run:
                 "parameters": self.parameters,
                 "source": self.network.name if self.network.source is None else str(self.network.source),
             },
-            "recipe": resolved(self.method),
+            "recipe": resolved(self.recipe),
             "provenance": facts,
             "totals": {
                 "parameters": self.parameters,
@@ -155,6 +170,7 @@ class Run:
             "operands": self.operands,
             "coverage": coverage(self.network.model, self.anatomy.kept, self.remarks),
             "evaluation": None,
+            **self.facts,
         }
 
 

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from dither.cli.options import (
-    Calibration,
     Count,
     Debug,
     Device,
@@ -56,6 +55,23 @@ Override = Annotated[
     typer.Option(metavar="PATTERN=FORMAT", help="Another weight format for some layers; may be repeated.",
                  show_default=False, rich_help_panel=_WHAT),
 ]  # fmt: skip
+MaybeCalibration = Annotated[
+    str | None,
+    typer.Option("--calibration", metavar="PATH",
+                 help="What to calibrate on. Pictures: a folder, .npz or .csv; text: .txt or .jsonl; `distilled` makes "
+                 "pictures from the model's batch normalizations. Methods such as zeroq need none.",
+                 show_default=False),
+]  # fmt: skip
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="BYTES", help="Size of the whole result, such as 2.5MB, for methods that choose bits (zeroq).",
+                 show_default=False, rich_help_panel=_WHAT),
+]  # fmt: skip
+Prune = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Share of channels to remove, for methods that prune (udfc).",
+                 show_default=False, rich_help_panel=_WHAT),
+]  # fmt: skip
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done, how large and how long; write nothing.")
 ]
@@ -79,7 +95,7 @@ EvaluationData = Annotated[
 
 def quantize(
     model: Model,
-    calibration: Calibration,
+    calibration: MaybeCalibration = None,
     output: Output = None,
     method: Name = None,
     weights: Format = None,
@@ -88,6 +104,8 @@ def quantize(
     set_: Settings = None,
     skip: Skip = None,
     override: Override = None,
+    size: Size = None,
+    prune: Prune = None,
     samples: Samples = None,
     length: Length = None,
     evaluate: EvaluationData = None,
@@ -115,6 +133,8 @@ def quantize(
 
         dither quantize vit/ --calibration pictures/ --recipe out/recipe.yaml --dry-run
 
+        dither quantize resnet/ --method zeroq --size 2.5MB -o out/
+
         dither quantize llama/ --calibration text.txt --weights int4:g64:sym --for vllm --dry-run
 
         dither quantize llama/ --calibration text.txt -o out/ -m gptq --weights int4:g64 --samples 128 --length 512
@@ -128,6 +148,7 @@ def quantize(
         from dither.recipe import build_method, read_recipe
 
         fields = _fields(weights, activations, set_ or [], skip or [], override or [])
+        fields |= {key: value for key, value in (("size", size), ("prune", prune)) if value is not None}
         chosen = read_recipe(recipe, fields) if recipe else build_method(method or "erq", fields)
         common: dict[str, Any] = {"count": samples, "seed": seed, "length": length, "runtime": runtime}
         common |= {"stream": stream, "device": chosen_device(device)}
@@ -139,7 +160,9 @@ def quantize(
         _show_result(terminal, report, str(output))
 
 
-def _run(terminal: Terminal, model: str, method: Any, calibration: str, output: str | None, **options: Any) -> Any:
+def _run(
+    terminal: Terminal, model: str, method: Any, calibration: str | None, output: str | None, **options: Any
+) -> Any:
     """The report of a quantization; an interrupted one says how to go on."""
     from dither import pipeline
 

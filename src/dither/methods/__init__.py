@@ -20,6 +20,7 @@ from dither.methods.signround import SignRound
 from dither.methods.smoothquant import SmoothQuant
 from dither.methods.spqr import SpQR
 from dither.methods.squeezellm import SqueezeLLM
+from dither.methods.zeroq import ZeroQ
 
 __all__ = [
     "AWQ",
@@ -41,6 +42,7 @@ __all__ = [
     "SmoothQuant",
     "SpQR",
     "SqueezeLLM",
+    "ZeroQ",
     "method_class",
     "preset",
 ]
@@ -62,6 +64,7 @@ METHODS: dict[str, type[Method]] = {
     "gwq": GWQ,
     "oac": OAC,
     "signround": SignRound,
+    "zeroq": ZeroQ,
 }
 
 

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dither.calibrate import LayerTask, measure, quantize_operands, reparameterize
 from dither.engine.local import Engine
 from dither.formats.spec import WEIGHT_PERCENTILES, Kind, QuantSpec, read_spec, spec_field
+from dither.models.distil import Distillation
 from dither.models.gradients import Gradients
+from dither.models.preparing import Prepared, Subject
 from dither.nn.activation import ActivationQuantizer
 from dither.statistics.sensitivity import Sensitivity
 from dither.walk import Block, Inputs
@@ -69,6 +71,17 @@ class Method(BaseModel):
         A resumed run asks again, so the answer must follow from network and calibration data alone.
         """
         return {}
+
+    def without_data(self) -> Distillation | None:
+        """How pictures are made where a user gives none; None: the method needs data."""
+        return None
+
+    def prepare(self, subject: Subject) -> Prepared:
+        """What the method does to the whole network before the walk; nothing by default.
+
+        A resumed run prepares again, so the result must follow from network and calibration data alone.
+        """
+        return Prepared()
 
     def measure(
         self, block: Block, reparameterized: bool = False, round_zero_point: bool = True

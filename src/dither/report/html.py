@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dither.errors import StorageError
-from dither.report import plots, table
+from dither.report import convnets, plots, table
 from dither.report.comparison import layer_lines_plot, methods_plot, tradeoff_plot
 from dither.report.data import MethodSummary, best_cells, check_report, items, method_summaries, number, section
 
@@ -133,6 +133,10 @@ def _quantize(data: Mapping[str, Any]) -> dict[str, Any]:
     drawn = [
         ("Layers", f"{ERRORS} {RANGES}" if ranges else ERRORS, plots.layers_plot),
         ("Attention operands", OPERANDS, plots.operands_plot),
+        ("Distilled pictures", convnets.PICTURES, convnets.pictures_figure),
+        ("Distillation", convnets.LOSS, convnets.loss_plot),
+        ("Pareto front", convnets.FRONT, convnets.front_plot),
+        ("Pruned widths", convnets.WIDTHS, convnets.widths_plot),
         ("Stored bytes", table.MEANING["Size"].capitalize() + ".", plots.size_plot),
     ]
     coverage = _table(table.coverage_rows(data), modules)
