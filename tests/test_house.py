@@ -14,8 +14,8 @@ MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
 
 # The rooms of pure functions on tensors: no model in sight.
-TENSOR_ROOMS = ("formats", "statistics", "solvers", "transforms", "allocation")
-MODEL_ROOMS = ("models", "walk", "methods", "cli", "pipeline", "export", "nn", "report", "engine")
+TENSOR_ROOMS = ("formats", "statistics", "solvers", "transforms", "allocation", "tuning")
+MODEL_ROOMS = ("models", "walk", "methods", "cli", "pipeline", "export", "nn", "report", "engine", "quantune")
 FORBIDDEN_IN_TENSOR_ROOMS = (*(f"dither.{room}" for room in MODEL_ROOMS), "transformers", "timm")
 FORBIDDEN_IN_METHODS = ("dither.export", "dither.cli", "transformers")
 METHOD_PARTS = ("__init__", "base")  # the registry and the base class; every other file of methods/ is a method
