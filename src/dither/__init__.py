@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dither.inspection import inspect
     from dither.methods import ERQ, GPTQ, METHODS, RTN, Method, RepQ
     from dither.pipeline import load, plan, quantize, save
+    from dither.quantune.run import tune
     from dither.result import Report, Result
 
 __version__ = version("dither")
@@ -50,6 +51,7 @@ _HOME = {
     "plan": "dither.pipeline",
     "quantize": "dither.pipeline",
     "save": "dither.pipeline",
+    "tune": "dither.quantune.run",
 }
 __all__ = [
     "ERQ",
@@ -72,6 +74,7 @@ __all__ = [
     "plan",
     "quantize",
     "save",
+    "tune",
 ]
 
 

@@ -14,6 +14,7 @@ from dither.cli.inspect import inspect
 from dither.cli.methods import methods
 from dither.cli.quantize import quantize
 from dither.cli.study import app as study
+from dither.cli.tune import tune
 
 app = typer.Typer(
     name="dither",
@@ -43,7 +44,7 @@ def _dither(
     """
 
 
-for command in (demo, quantize, export, generate, evaluate, compare, inspect, methods):
+for command in (demo, quantize, export, generate, evaluate, compare, tune, inspect, methods):
     app.command()(command)
 app.add_typer(study, name="study")
 

@@ -7,6 +7,7 @@ import typer
 from dither.cli.compare import show_comparison
 from dither.cli.options import Debug, Device, Json, Quiet, Seed, chosen_device
 from dither.cli.terminal import Terminal
+from dither.cli.tune import show_search
 
 Folder = Annotated[
     str, typer.Argument(metavar="OUT_OR_MODEL", help="Folder of a model, quantized or not.", show_default=False)
@@ -42,6 +43,9 @@ def inspect(
         data = look(folder, device=chosen_device(device) or "cpu")
         if data["kind"] == "compare":
             show_comparison(terminal, data, {})
+            return
+        if data["kind"] == "tune":
+            show_search(terminal, data, {})
             return
         terminal.show(data)
         everything = layers == coverage

@@ -15,11 +15,13 @@ LISTS = {
     "quantize": ("layers", "operands", "coverage"),
     "compare": ("runs", "failures"),
     "study": ("formats", "rows", "samples"),
+    "tune": ("trials",),
 }
 OBJECTS = {
     "quantize": ("model", "recipe", "provenance", "totals"),
     "compare": ("model", "provenance", "reference"),
     "study": ("model", "settings", "provenance"),
+    "tune": ("model", "settings", "provenance", "reference", "best"),
 }
 HIGHER_IS_BETTER = {"top1": True, "perplexity": False, "agreement": True, "kl": False, "sqnr_db": True}
 SHOWN_DIGITS = {

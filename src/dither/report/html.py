@@ -60,6 +60,10 @@ def render_html(data: Mapping[str, Any]) -> str:
         from dither.report.study import render_study  # it draws with the parts of this file
 
         return render_study(data)
+    if data["kind"] == "tune":
+        from dither.report.tune import render_tune
+
+        return render_tune(data)
     model = section(data, "model")
     template = environment().get_template("template.html")
     draw = _compare if data["kind"] == "compare" else _quantize
