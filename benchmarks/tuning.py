@@ -19,14 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from dither.data.calibration import prepare_calibration
-from dither.methods import RTN
-from dither.models.features import model_features
 from dither.quantune.bench import Bench
-from dither.quantune.choices import Choices
 from dither.quantune.data import open_tuning_data
 from dither.quantune.ledger import Ledger
-from dither.run import Run
+from dither.quantune.problem import pose
 from dither.tuning import make_strategy
 from dither.tuning.journal import Journal, read_journal
 from dither.tuning.objective import Objective
@@ -77,18 +73,9 @@ def measure(given: argparse.Namespace, model: Path) -> None:
     given.raw.mkdir(parents=True, exist_ok=True)
     sets = open_tuning_data(given.pictures, None, None, [32], 0, given.raw)
     bench = Bench(model, sets.calibration, sets.data, given.count, None, 100, given.device)
-    network, exam = bench.open()
-    batch = prepare_calibration(sets.calibration, network.processor, network.channels, 1, 0, 1, network.device)
-    run = Run(network, RTN(), batch)
-    choices = Choices(network.model, run.anatomy)
-    space = choices.space(DIMENSIONS)
-    header = {
-        "fingerprint": {"model": model.name, "pictures": exam.count, "source": exam.source},
-        "model": {"name": network.name, "class": type(network.model).__name__, "parameters": run.parameters},
-        "features": model_features(network.model, run.anatomy), "reference": bench.reference(), "objective": "accuracy",
-    }  # fmt: skip
-    journal = Journal(given.raw / f"{model.name}.jsonl", header, resume=True)
-    ledger = Ledger(choices, space, Objective("accuracy"), bench.reference(), journal, 0, len(space))
+    problem = pose(bench, sets, "accuracy", (), [32], lambda _: DIMENSIONS, 0)
+    space, journal = problem.space, Journal(given.raw / f"{model.name}.jsonl", problem.header({}), resume=True)
+    ledger = Ledger(problem, journal, 0, len(space))
     for number, point in enumerate(space.points):
         if number in journal.records:
             continue
@@ -210,7 +197,7 @@ def markdown(data: Mapping[str, Any]) -> str:
             (row for row in table["rows"] if not row["error"]), key=lambda row: float(row["figures"]["top1"])
         )
         shares = [f"{100 * value:.1f} %" for value in (known[0]["figures"]["top1"], known[-1]["figures"]["top1"])]
-        failed, judged = len(table["rows"]) - len(known), table["fingerprint"]["pictures"]
+        failed, judged = len(table["rows"]) - len(known), table["fingerprint"]["evaluation"][0]
         full, best = f"{100 * table['reference']['top1']:.1f} %", _words(known[-1])
         lines += ["", f"`{name}`: {len(known)} measured, {failed} failed, on {judged} training pictures."]
         lines += [f"Top-1 {shares[0]} to {shares[1]} ({best}); full precision {full}."]

@@ -210,7 +210,7 @@ def test_a_folder_in_use_or_the_search_of_another_seed_is_refused(
     base = ("tune", tiny_model, "--calibration", calibration, "--data", pictures, *FAST, "--trials", 1)
     assert run(*base, "-o", "out").code == 0
     assert "pass --resume" in error_line(run(*base, "-o", "out"))
-    assert "strategy, seed" in error_line(run(*base, "-o", "out", "--resume", "--seed", 1))
+    assert "another seed" in error_line(run(*base, "-o", "out", "--resume", "--seed", 1))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert "is not empty" in error_line(run(*base, "-o", "mine"))

@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dither.quantune.choices import Choices
+from dither.quantune.problem import Problem
 from dither.tuning.journal import Journal
-from dither.tuning.objective import Objective
-from dither.tuning.space import Point, Space
+from dither.tuning.space import Point
 from dither.tuning.trial import Outcome, Task, Trial, best
 
 Progress = Callable[[str, int | float, int], None]  # (what, trials done, in all)
@@ -17,10 +16,7 @@ Progress = Callable[[str, int | float, int], None]  # (what, trials done, in all
 class Ledger:
     """The trials of one search. `done` are those that are known so far, in the order in which they came."""
 
-    choices: Choices
-    space: Space
-    aim: Objective
-    reference: Mapping[str, float | None]
+    problem: Problem
     journal: Journal
     seed: int
     total: int
@@ -29,13 +25,13 @@ class Ledger:
 
     def task(self, number: int, point: Point) -> Task:
         """The task of a point."""
-        configuration = self.space.configuration(point)
-        fields, samples = self.choices.fields(configuration), int(configuration["samples"])
+        configuration = self.problem.space.configuration(point)
+        fields, samples = self.problem.choices.fields(configuration), int(configuration["samples"])
         return Task(number, configuration, str(configuration["method"]), fields, samples, self.seed)
 
     def judge(self, outcome: Outcome, point: Point) -> Trial:
         """Write an outcome down."""
-        record = {"number": outcome.number, "configuration": self.space.configuration(point), **asdict(outcome)}
+        record = {"number": outcome.number, "configuration": self.problem.space.configuration(point), **asdict(outcome)}
         trial = self.trial(record)
         self.journal.append(record)
         self.follow(trial)
@@ -51,9 +47,9 @@ class Ledger:
     def trial(self, record: Mapping[str, Any]) -> Trial:
         """A trial from what was written of it."""
         figures = record["figures"]
-        cost = None if record["error"] else self.aim.cost(figures, self.reference)
-        point = self.space.point(record["configuration"])
-        return Trial(int(record["number"]), point, cost, 0.0 if cost is None else self.aim.violation(figures))
+        cost = None if record["error"] else self.problem.aim.cost(figures, self.problem.reference)
+        point = self.problem.space.point(record["configuration"])
+        return Trial(int(record["number"]), point, cost, 0.0 if cost is None else self.problem.aim.violation(figures))
 
     def follow(self, trial: Trial) -> None:
         """Say how far the search is."""
@@ -66,7 +62,7 @@ class Ledger:
         leader = best(self.done)
         if leader is None:
             return "none kept the limits yet"
-        figure = self.journal.records[leader.number]["figures"][self.aim.quantity.figure]
+        figure = self.journal.records[leader.number]["figures"][self.problem.aim.quantity.figure]
         return f"best {figure:.4g} by {leader.point[0]}"
 
     def row(self, trial: Trial) -> dict[str, Any]:

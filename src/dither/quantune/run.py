@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,16 @@ import torch
 from torch import nn
 
 from dither.data import DataSet
-from dither.data.calibration import LENGTH, Calibration, prepare_calibration
 from dither.engine.local import Engine, InProcess, engine
 from dither.errors import DitherError, InputError
 from dither.evaluation.exam import BATCH
-from dither.methods import RTN
-from dither.models.features import model_features
-from dither.models.network import Network
-from dither.provenance import model_sha256, provenance
 from dither.quantune.bench import Bench
-from dither.quantune.choices import Choices, dimensions_of
-from dither.quantune.data import TuningData, open_tuning_data
+from dither.quantune.choices import dimensions_of
+from dither.quantune.data import open_tuning_data
 from dither.quantune.ledger import Ledger, Progress
+from dither.quantune.problem import pose
 from dither.quantune.winner import save_winner
 from dither.result import Report
-from dither.run import Run
 from dither.tuning import check_strategy, make_strategy
 from dither.tuning.journal import FILE, Journal, read_journal
 from dither.tuning.loop import search
@@ -85,56 +79,31 @@ def tune(
     folder, place = Path(output), str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_folder(folder, resume)
     given = dict(among or {})
-    sets = open_tuning_data(calibration, data, test, given.get("samples"), seed, folder)
+    samples = given.pop("samples", None)
+    sets = open_tuning_data(calibration, data, test, samples, seed, folder)
     bench = Bench(model, sets.calibration, sets.data, evaluate_count, length, batch_size, place)
-    network, exam = bench.open()
-    samples = sets.samples(given.pop("samples", None), network, length)
-    dimensions = dimensions_of(methods, weights, activations, given, samples)
-    aim = Objective(objective or _usual(exam.facts()), wanted)
-    aim.check(bench.reference())
-    run = Run(network, RTN(), _one_batch(sets, network, seed, length))
-    choices, features = Choices(network.model, run.anatomy), model_features(network.model, run.anatomy)
-    space = choices.space(dimensions, next((limit.bound for limit in wanted if limit.name == "size"), None))
-    lessons, learned = _lessons(journals, aim, space)
-    searcher = make_strategy(strategy, space, seed, features, lessons)
-    facts = provenance(model_sha256(network.tensors()), run.data, seed, network.device)
-    about: dict[str, Any] = {"name": network.name, "class": type(network.model).__name__, "parameters": run.parameters}
-    settings = {
-        "objective": aim.name, "limits": [asdict(limit) for limit in aim.limits], "strategy": strategy, "seed": seed,
-        "trials at once": workers, "calibration": sets.calibration.source, "data": sets.data.source,
-        "judged by": exam.count, "length": length, "configurations": len(space),
-        "space": {one.name: list(one.values) for one in space.dimensions},
-        "earlier": [str(path) for path in earlier],
-    }  # fmt: skip
-    header = {
-        "fingerprint": _fingerprint(facts, settings, sets, earlier), "model": about, "features": features,
-        "reference": bench.reference(), "objective": aim.name,
-    }  # fmt: skip
-    journal = Journal(folder / FILE, header, resume)
-    ledger = Ledger(choices, space, aim, bench.reference(), journal, seed, trials, progress)
+    dimensions = partial(dimensions_of, methods, weights, activations, given)
+    problem = pose(bench, sets, objective, wanted, samples, dimensions, seed)
+    lessons, learned = _lessons(journals, problem.aim, problem.space)
+    searcher = make_strategy(strategy, problem.space, seed, problem.features, lessons)
+    how = {"strategy": strategy, "seed": seed, "number of trials at once": workers}
+    journal = Journal(folder / FILE, problem.header({**how, "earlier trials": _digests(earlier)}), resume)
+    ledger = Ledger(problem, journal, seed, trials, progress)
     with _running(workers, run_on) as pool:
         run_trials = partial(run_each, pool, bench)
         found = search(searcher, trials, ledger.task, run_trials, ledger.judge, ledger.known(), workers)
     ended = [f"all {len(found)} configurations of the space were tried"] if len(found) < trials else []
-    report: dict[str, Any] = {
-        "schema": 1, "kind": "tune", "model": {**about, "source": network.name}, "settings": settings,
-        "provenance": facts, "reference": bench.reference(), "trials": [ledger.row(trial) for trial in found],
-        "notes": [*sets.notes, *choices.notes, *learned, *ended], "best": None,
+    report = {
+        "schema": 1, "kind": "tune", "model": {**problem.model, "source": problem.model["name"]},
+        "settings": {**how, "earlier": [str(path) for path in earlier], **problem.settings()},
+        "provenance": problem.facts, "reference": problem.reference,
+        "trials": [ledger.row(trial) for trial in found], "best": None,
+        "notes": [*sets.notes, *problem.choices.notes, *learned, *ended],
     }  # fmt: skip
-    return _finish(report, found, ledger, bench, sets, folder)
+    return _finish(report, found, ledger, folder)
 
 
-def _one_batch(sets: TuningData, network: Network, seed: int, length: int | None) -> Calibration:
-    """A single picture or sequence, to find out what the network is made of."""
-    return prepare_calibration(
-        sets.calibration, network.processor, network.channels, 1, seed, 1, network.device, network.tokenizer,
-        min(LENGTH, network.context) if length is None else length,
-    )  # fmt: skip
-
-
-def _finish(
-    report: dict[str, Any], found: Sequence[Trial], ledger: Ledger, bench: Bench, sets: TuningData, folder: Path
-) -> Report:
+def _finish(report: dict[str, Any], found: Sequence[Trial], ledger: Ledger, folder: Path) -> Report:
     """Save the best and the report.
 
     Raises:
@@ -143,7 +112,8 @@ def _finish(
     winner = best(found)
     if winner is not None:
         report["best"] = ledger.row(winner)
-        report["best"] |= save_winner(bench, ledger.task(winner.number, winner.point), sets, folder, ledger.progress)
+        task = ledger.task(winner.number, winner.point)
+        report["best"] |= save_winner(ledger.problem.bench, task, ledger.problem.sets, folder, ledger.progress)
     made = Report(report)
     for name in ("report.json", "report.html"):
         made.save(folder / name)
@@ -189,11 +159,6 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise InputError(f"output {str(folder)!r} is not empty; choose another folder or remove it")
 
 
-def _usual(facts: Mapping[str, float | None]) -> str:
-    """The objective where none was named."""
-    return next((name for name, key in (("accuracy", "top1"), ("perplexity", "perplexity")) if facts.get(key)), "kl")
-
-
 def _lessons(
     journals: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]], aim: Objective, space: Space
 ) -> tuple[list[Earlier], list[str]]:
@@ -216,21 +181,10 @@ def _lessons(
     return lessons, notes
 
 
-def _fingerprint(
-    facts: Mapping[str, Any], settings: Mapping[str, Any], sets: TuningData, earlier: Sequence[str | Path]
-) -> dict[str, Any]:
-    """What must be the same for a search to go on."""
+def _digests(earlier: Sequence[str | Path]) -> list[str]:
+    """Of the journals that are learned from."""
     files = [Path(path) / FILE if Path(path).is_dir() else Path(path) for path in earlier]
-    return {
-        "model": facts["model_sha256"],
-        **sets.digests(),
-        "objective or limits": [settings["objective"], settings["limits"]],
-        "space": settings["space"],
-        "strategy, seed or number of trials at once": [settings[k] for k in ("strategy", "seed", "trials at once")],
-        "evaluation": [settings["judged by"], settings["length"]],
-        "earlier trials": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
-        "software or device": {name: facts[name] for name in ("dither", "torch", "transformers", "device")},
-    }
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 @contextmanager
