@@ -2,7 +2,8 @@
 
     python llm_peer_job.py JOB.json
 
-The job names the peer, the model's folder, a file of calibration windows and where dequantized weights and facts go.
+The job names the peer, the model's folder, a file of calibration windows and where dequantized weights (unless null)
+and facts go. Cost is counted from the model in memory on, or with `reading` from its folder on.
 All linear layers of the blocks are quantized, weights only; embeddings and the head stay. `bits_per_weight` is what
 codes, scales (16 bits unless the tool stores others) and zero-points take, as if packed without gaps.
 """
@@ -131,23 +132,40 @@ PEERS: dict[str, Callable[[nn.Module, Tensor, dict[str, Any]], Quantized]] = {
 }
 
 
+def read(folder: str) -> nn.Module:
+    """The model in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
+
+
+def warm_up(model: nn.Module, windows: Tensor) -> None:
+    """Run the model once, so that what it brings along is in memory."""
+    with torch.no_grad():
+        model(input_ids=windows[:1, :32], use_cache=False)
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(job["threads"])
-    from transformers import AutoModelForCausalLM
-
     if job["peer"] == "autoround":
         import auto_round  # noqa: F401  libraries are loaded before memory is first read
     if job["peer"] == "llmcompressor":
         import llmcompressor  # noqa: F401
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # in memory, not mapped from the file
     windows, cuda = load_file(job["windows"])["windows"], job["device"] != "cpu"
+    if job.get("reading", False):  # what it costs from the folder on; libraries are loaded before
+        warm_up(read(job["model"]), windows)
+        cost, model = Cost(), read(job["model"])
+    else:
+        model = read(job["model"])
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # in memory, not mapped from the file
     if cuda and job["peer"] in ("hqq", "bitsandbytes"):  # the others move what they work on
         model.to(job["device"])
-    cost = Cost()
+    if not job.get("reading", False):
+        cost = Cost()
     dequantize, bits = PEERS[job["peer"]](model, windows, job)
     facts = cost.facts() | {"device": torch.cuda.get_device_name() if cuda else f"{job['threads']} CPU threads"}
     facts |= {"peak_bytes": torch.cuda.max_memory_allocated()} if cuda else {}
@@ -157,7 +175,9 @@ def main() -> None:
         "torch": torch.__version__,
     }
     with torch.no_grad():
-        save_file({name: weight.float().contiguous().cpu() for name, weight in dequantize().items()}, job["weights"])
+        if job["weights"] is not None:
+            dense = {name: weight.float().contiguous().cpu() for name, weight in dequantize().items()}
+            save_file(dense, job["weights"])
     Path(job["facts"]).write_text(json.dumps(facts))
 
 

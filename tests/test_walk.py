@@ -1,6 +1,7 @@
 """The walk: what each unit sees in full precision and behind the quantized prefix, and what the walk leaves behind."""
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +145,16 @@ def test_the_walk_leaves_forward_methods_hooks_and_batches_as_they_were(bench: B
     for batch, true in zip(bench.batches, before, strict=True):
         pairs = zip(batch.values(), true.values(), strict=True) if isinstance(batch, dict) else [(batch, true)]
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_a_finished_unit_was_stored_from_is_freed(bench: Bench) -> None:
+    before: list[weakref.ref[Tensor]] = []
+    for block in bench.walk("quantized"):
+        assert all(held() is None for held in before)
+        before = [
+            weakref.ref(block.module.get_submodule(block.local(n)).weight) for n in block.unit.layers if block.local(n)
+        ]
+        store_all(block)
 
 
 @pytest.mark.parametrize("stop_at", [0, 1])

@@ -74,6 +74,11 @@ class Sizes:
     around: Counter[str] = field(default_factory=Counter)
     inputs: Counter[str] = field(default_factory=Counter)
 
+    def scaled(self, samples: int) -> "Sizes":
+        """Those of a batch of so many samples, if these are of one."""
+        around, inputs = (Counter({n: samples * x for n, x in part.items()}) for part in (self.around, self.inputs))
+        return Sizes(around, inputs)
+
 
 @contextmanager
 def sizes_seen(model: nn.Module) -> Iterator[Sizes]:

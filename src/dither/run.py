@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 
-from dither.data.calibration import Calibration
+from dither.data.calibration import Calibration, one_sample
 from dither.engine.local import InProcess, ProcessPool
 from dither.errors import InputError
 from dither.methods.base import Method
@@ -51,8 +52,10 @@ class Run:
         self.sha256 = model_sha256(network.tensors())  # of the model as it was given; refuses NaN
         if method.fold_norms:
             self.remarks |= self._fold()
-        with sizes_seen(network.model) as self.sizes:
-            self.anatomy = self._read()
+        sample, samples = one_sample(data.batches[0])
+        with sizes_seen(network.model) as sizes:
+            self.anatomy = self._read(sample)
+        self.sizes = sizes.scaled(samples)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -71,18 +74,13 @@ class Run:
         norms = [name for name, module in self.network.model.named_modules() if is_batch_norm(module)]
         return dict.fromkeys(norms, "not folded: the model is read block by block")
 
-    def _read(self) -> Anatomy:
-        anatomy = without(
-            read_anatomy(self.network.model, self._once, self.method.overrides),
-            self.method.skip,
-        )
+    def _read(self, batch: Any) -> Anatomy:
+        run = partial(self.network.run, batch, whole=False)
+        anatomy = without(read_anatomy(self.network.model, run, self.method.overrides), self.method.skip)
         for pattern in self.method.overrides:
             matching(pattern, anatomy.layers)
         check_formats(self.network.model, anatomy, self.method)
         return anatomy
-
-    def _once(self) -> Any:
-        return self.network.run(self.data.batches[0], whole=False)
 
     def plan(self, runtime: str | None = None) -> dict[str, Any]:
         """What the run would do, and what a runtime has against it."""

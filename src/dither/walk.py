@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from dither.errors import InputError, NonFiniteError
 from dither.formats.qtensor import QTensor
 from dither.models.anatomy import Anatomy, Unit
-from dither.models.forward import Stream, suspended_at
+from dither.models.forward import Stream, layer_inputs, suspended_at
 from dither.models.gradients import Gradients
-from dither.models.layers import Layer, given_input, input_rows, is_layer, is_routed, quantized, weight_matrix
+from dither.models.layers import Layer, input_rows, is_layer, is_routed, quantized, weight_matrix
 from dither.models.links import Chain, Links, find_chains, find_links, shared_inputs
 from dither.models.spill import Spill, tensors_in
 from dither.nn.activation import ActivationQuantizer
@@ -153,20 +153,8 @@ class Block:
             yield from ((seen, seen) for seen in self._inputs(names, inputs, module))
 
     def _inputs(self, names: list[str], stream: str, module: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-        seen: dict[str, list[Tensor]] = {}
-
-        def keep(name: str) -> Callable[..., None]:
-            return lambda _module, args, kwargs: seen.setdefault(name, []).append(given_input(args, kwargs))
-
         layers = {name: module.get_submodule(self.local(name)) if self.local(name) else module for name in names}
-        handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
-        try:
-            for _ in self.streams[stream].run(module):
-                yield seen
-                seen.clear()
-        finally:
-            for handle in handles:
-                handle.remove()
+        yield from layer_inputs(self.streams[stream], module, layers)
 
     def gradients(self, measures: Mapping[str, Callable[[Tensor], S]], samples: int | None = None) -> dict[str, S]:
         """Accumulate a statistic of the gradient of each named layer's weight, behind the quantized prefix.
@@ -216,7 +204,7 @@ class Block:
     def groups(self) -> list[tuple[str, ...]]:
         """The layers in execution order, those that read the same input together."""
         layers = {name: self.layer(name) for name in self.unit.layers}
-        shared = {name: group for group in shared_inputs(layers, self.once) for name in group}
+        shared = {name: group for group in shared_inputs(layers, self._sample) for name in group}
         groups = [shared.get(name, (name,)) for name in self.unit.layers]
         return list(dict.fromkeys(groups))
 
@@ -228,6 +216,10 @@ class Block:
         """The full-precision block's output for the first batch."""
         with closing(self.outputs()) as outputs:
             return next(outputs)
+
+    def _sample(self) -> Any:
+        """The full-precision block's output for one sample: enough to see which layers read the same."""
+        return next(iter(self.streams.values())).call(self.reference, [0])
 
     def store(
         self,
@@ -279,8 +271,7 @@ def walk(
     backward = Gradients(model, run, batches) if gradients is None else gradients
     known = {} if sensitivities is None else sensitivities
     block = partial(Block, streams=streams, entry=anatomy.entry, backward=backward, sensitivities=known)
-    protected = [*model.parameters(), *model.buffers(), *tensors_in(list(batches))]  # others read them meanwhile
-    with Spill(spill_budget, protected) as spill, suspended_at(model, list(units)):
+    with Spill(spill_budget, _read_meanwhile(model, batches)) as spill, suspended_at(model, list(units)):
         try:
             for name in names:
                 streams[name] = Stream(run, batches, spill)
@@ -292,6 +283,11 @@ def walk(
         finally:
             for stream in streams.values():
                 stream.close()
+
+
+def _read_meanwhile(model: nn.Module, batches: Sequence[Any]) -> Iterator[Tensor]:
+    """Tensors that others read while activations wait; nobody here may hold them, or stored layers free no memory."""
+    yield from (*model.parameters(), *model.buffers(), *tensors_in(list(batches)))
 
 
 def _visit(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dither.errors import InputError
 from dither.models.anatomy import read_anatomy
-from dither.models.forward import Stream, suspended_at
+from dither.models.forward import Stream, layer_inputs, suspended_at
 from dither.models.network import Network
 from dither.models.spill import Spill, tensors_in
 
@@ -175,3 +175,34 @@ def test_some_samples_of_several_batches_run_as_one_batch_with_gradients(
 
 def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
+
+
+class Twice(nn.Module):
+    """Two layers, of which the first may run twice."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.twice, self.done = nn.Linear(2, 2), nn.Linear(2, 2), twice, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.first(x))
+        self.done += 1
+        return self.first(out) if self.twice else out
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_passes_end_at_the_last_input_once_it_is_known_that_no_layer_runs_twice(twice: bool) -> None:
+    module = Twice(twice)
+    batches = [torch.full((1, 2), float(value)) for value in range(3)]
+    with torch.no_grad(), Spill(2**30) as spill, suspended_at(nn.ModuleDict({"block": module}), ["block"]):
+        stream = Stream(module, batches, spill)
+        forward = module.__dict__.pop("forward")  # as the walk's copies are: a call runs
+        layers = {"first": module.first, "last": module.last}
+        seen = [{name: list(given) for name, given in one.items()} for one in layer_inputs(stream, module, layers)]
+        module.forward = forward
+        stream.close()
+    assert module.done == (3 if twice else 1)
+    for batch, one in zip(batches, seen, strict=True):
+        assert torch.equal(one["first"][0], batch)
+        assert torch.equal(one["last"][0], module.first(batch))
+        assert len(one["first"]) == (2 if twice else 1)

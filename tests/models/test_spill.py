@@ -1,5 +1,6 @@
 """Parked activations: values survive the disk, the budget holds, what others own is left alone, files go away."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,17 @@ def test_protected_and_empty_tensors_stay() -> None:
         spill.park([x[1], torch.empty(0), None, "text", 3])
         assert spill.spilled == 0
         assert x.untyped_storage().nbytes() == 64
+
+
+def test_a_protected_tensor_may_go_and_what_takes_its_place_is_parked_again() -> None:
+    x, other = drawn(4, 4), drawn(4, 4)
+    with Spill(0, [x]) as spill:
+        held = weakref.ref(x)
+        spill._protected[other.untyped_storage().data_ptr()] = spill._protected[x.untyped_storage().data_ptr()]
+        del x
+        assert held() is None
+        spill.park(other)
+        assert spill.spilled == 1
 
 
 def test_the_folder_is_gone_afterwards_even_after_an_error() -> None:

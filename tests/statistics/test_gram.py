@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dither.errors import ShapeError
-from dither.statistics.gram import Gram
+from dither.statistics.gram import TILE, Gram
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -28,6 +28,14 @@ def test_the_three_products_are_plain_sums_over_rows(ones: bool) -> None:
     torch.testing.assert_close(gram.quantized, Q.T @ Q, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gram.cross, Q.T @ A, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gram.original, A.T @ A, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [TILE - 1, TILE, 2 * TILE + 3])
+def test_a_gram_of_many_columns_is_put_together_of_tiles(columns: int) -> None:
+    x = drawn(7, columns).float()
+    gram = Gram.of(x, dtype=torch.float32).quantized
+    assert torch.equal(gram, gram.T)
+    torch.testing.assert_close(gram, (x.T @ x).double(), rtol=1e-6, atol=1e-6)
 
 
 def test_where_inputs_do_not_differ_the_three_are_one_tensor_also_after_a_merge() -> None:

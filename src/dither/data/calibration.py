@@ -30,6 +30,17 @@ class Calibration:
     sha256: str
 
 
+def one_sample(batch: Any) -> tuple[Any, int]:
+    """The first sample of a batch, as a batch, and how many there are; the batch itself where that is not plain."""
+    parts = list(batch.values()) if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else [batch]
+    sizes = {len(part) if isinstance(part, Tensor) and part.ndim else 0 for part in parts}
+    if len(sizes) != 1 or 0 in sizes:
+        return batch, 1
+    if isinstance(batch, dict):
+        return {key: part[:1] for key, part in batch.items()}, sizes.pop()
+    return tuple(part[:1] for part in parts) if isinstance(batch, tuple | list) else batch[:1], sizes.pop()
+
+
 def prepare_calibration(
     data: Any,
     processor: ImageProcessor | None,

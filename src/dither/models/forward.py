@@ -5,8 +5,8 @@ is suspended with the unit's arguments; the walk computes the unit's output, wit
 and hands it back. Whatever the model does between its units runs as written, so nothing has to be traced or known.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from dither.errors import InputError
+from dither.models.layers import given_input
 from dither.models.spill import Spill
 
 
@@ -88,7 +89,7 @@ class Stream:
         """The unit at which the passes wait; None at the end."""
         return self.calls[0].unit if self.calls else None
 
-    def run(self, module: nn.Module) -> Generator[Any, None, None]:
+    def run(self, module: Callable[..., Any]) -> Generator[Any, None, None]:
         """The module's output for each batch in turn, inputs fetched and parked around each."""
         for call in self.calls:
             self._spill.fetch((call.args, call.kwargs))
@@ -154,6 +155,44 @@ class Stream:
         for one in self._passes:
             if not one.dead:
                 one.throw(GreenletExit)
+
+
+class _AllSeenError(Exception):
+    """Every layer that is listened to has its input."""
+
+
+def layer_inputs(
+    stream: Stream, module: nn.Module, layers: Mapping[str, nn.Module]
+) -> Iterator[dict[str, list[Tensor]]]:
+    """What each layer of a unit is given in each batch, call by call; the same dict is filled again and again.
+
+    Once every layer was called exactly once in a batch, the passes of the others end where the last has its input:
+    its own product and all behind it would be for nothing.
+    """
+    seen: dict[str, list[Tensor]] = {}
+    once = False
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            seen.setdefault(name, []).append(given_input(args, kwargs))
+            if once and len(seen) == len(layers):
+                raise _AllSeenError
+
+        return hook
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        with suppress(_AllSeenError):
+            module(*args, **kwargs)
+
+    handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        for _ in stream.run(run):
+            once = len(seen) == len(layers) and all(len(calls) == 1 for calls in seen.values())
+            yield seen
+            seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _leading(call: Call) -> int:

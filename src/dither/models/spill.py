@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import ref
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,9 +20,12 @@ class Spill:
     """Keeps parked tensors in memory up to `budget` bytes and the rest in files of a temporary folder."""
 
     def __init__(self, budget: int, protected: Iterable[Tensor] = ()) -> None:
-        """`protected` are tensors that must stay (parameters); storages shared with them are never parked."""
+        """`protected` are tensors that must stay (parameters); storages shared with them are never parked.
+
+        They are not kept alive: what replaces a parameter frees its memory.
+        """
         self.budget, self.in_memory, self.spilled = budget, 0, 0
-        self._protected = {tensor.untyped_storage().data_ptr() for tensor in protected}
+        self._protected = {tensor.untyped_storage().data_ptr(): ref(tensor) for tensor in protected}
         self._parked: dict[int, tuple[Tensor, Path | None, int]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._count = 0
@@ -31,7 +35,7 @@ class Spill:
         for tensor in tensors_in(value):
             storage = tensor.untyped_storage()
             key = storage._cdata  # names the storage while we hold a tensor on it
-            if key in self._parked or storage.data_ptr() in self._protected or not storage.nbytes():
+            if key in self._parked or self._is_protected(storage.data_ptr()) or not storage.nbytes():
                 continue
             size, path = storage.nbytes(), None
             if self.in_memory + size > self.budget:
@@ -39,6 +43,11 @@ class Spill:
             else:
                 self.in_memory += size
             self._parked[key] = (tensor, path, size)
+
+    def _is_protected(self, address: int) -> bool:
+        known = self._protected.get(address)
+        alive = None if known is None else known()
+        return alive is not None and alive.untyped_storage().data_ptr() == address  # else another took its place
 
     def fetch(self, value: Any) -> None:
         """Bring back what `park` put away and stop counting it."""

@@ -9,6 +9,8 @@ from torch import Tensor
 from dither.errors import ShapeError
 from dither.statistics.base import as_rows
 
+TILE = 256  # measured on a CPU: 1,536 columns take two thirds of the time of one product
+
 
 @dataclass(frozen=True)
 class Gram:
@@ -39,17 +41,16 @@ class Gram:
         if original is None:
             return cls._of_one(quantized, ones, dtype)
         seen = _with_ones(as_rows(quantized).to(dtype), ones)
-        gram = seen.T @ seen
         true = _with_ones(as_rows(original).to(dtype), ones)
-        return cls(gram.double(), (seen.T @ true).double(), (true.T @ true).double(), seen.shape[0])
+        return cls(_squared(seen), (seen.T @ true).double(), _squared(true), seen.shape[0])
 
     @classmethod
     def _of_one(cls, x: Float[Tensor, "*b i"], ones: bool, dtype: torch.dtype) -> "Gram":
         rows = _with_ones(x.detach().reshape(-1, x.shape[-1]).to(dtype), ones)
-        gram = (rows.T @ rows).double()
+        gram = _squared(rows)
         if not bool(gram.isfinite().all()):  # squares tell of NaN and Inf at less cost than every input
             rows = _with_ones(as_rows(x).double(), ones)
-            gram = rows.T @ rows
+            gram = _squared(rows)
         return cls(gram, gram, gram, rows.shape[0])
 
     def merge(self, other: "Gram") -> "Gram":
@@ -72,6 +73,18 @@ class Gram:
         power = ((true @ self.original) * true).sum()
         difference = power - 2 * ((rounded @ self.cross) * true).sum() + ((rounded @ self.quantized) * rounded).sum()
         return float(difference.clamp_min(0) / power) if float(power) > 0 else 0.0
+
+
+def _squared(rows: Float[Tensor, "n k"]) -> Float[Tensor, "k k"]:
+    """AᵀA in float64, products in the dtype of the rows; what lies below the diagonal is copied from above it."""
+    columns = rows.shape[1]
+    gram = rows.new_empty(columns, columns, dtype=torch.float64)
+    for start in range(0, columns, TILE):
+        stop = min(start + TILE, columns)
+        product = rows[:, start:stop].T @ rows[:, start:]
+        gram[start:stop, start:] = product
+        gram[stop:, start:stop] = product[:, stop - start :].T
+    return gram
 
 
 def _with_ones(rows: Float[Tensor, "n i"], ones: bool) -> Float[Tensor, "n k"]:
