@@ -19,6 +19,9 @@ from dither.export.registration import register_when_imported
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dither.allocating import allocate
+    from dither.allocation.allocation import Allocation
+    from dither.allocation.table import ScoreTable
     from dither.comparison import compare
     from dither.data import ImageSet, open_images
     from dither.errors import DitherError
@@ -29,9 +32,14 @@ if TYPE_CHECKING:
     from dither.pipeline import load, plan, quantize, save
     from dither.quantune.run import tune
     from dither.result import Report, Result
+    from dither.sensitivity import measure
 
 __version__ = version("dither")
 _HOME = {
+    "Allocation": "dither.allocation.allocation",
+    "ScoreTable": "dither.allocation.table",
+    "allocate": "dither.allocating",
+    "measure": "dither.sensitivity",
     "compare": "dither.comparison",
     "ImageSet": "dither.data",
     "open_images": "dither.data",
@@ -58,6 +66,7 @@ __all__ = [
     "GPTQ",
     "METHODS",
     "RTN",
+    "Allocation",
     "DitherError",
     "ImageSet",
     "Method",
@@ -65,11 +74,14 @@ __all__ = [
     "RepQ",
     "Report",
     "Result",
+    "ScoreTable",
+    "allocate",
     "compare",
     "evaluate",
     "export",
     "inspect",
     "load",
+    "measure",
     "open_images",
     "plan",
     "quantize",

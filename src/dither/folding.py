@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dither.models.layers import Layer, set_weight_matrix, weight_matrix
+from dither.models.layers import Layer, is_conv1d, set_weight_matrix, weight_matrix
 from dither.models.links import Chain, Link, same_output
 from dither.transforms.equalize import equalization, fold_into_rows
 from dither.transforms.reparameterize import Fold, fold_into_linear, fold_into_norm
@@ -89,13 +89,14 @@ def on_trial(block: Block, weights: Mapping[str, Float[Tensor, "o i"]]) -> Itera
 
 @contextmanager
 def replaced_weight(layer: Layer, weight: Float[Tensor, "o i"]) -> Iterator[None]:
-    """While open, the layer computes with this weight; its own comes back bit by bit."""
-    undo = _restore(layer)
+    """While open, the layer multiplies by this matrix; its own parameter, which others may share, is not written to."""
+    own = layer.weight
+    matrix = weight.T if is_conv1d(layer) else weight.reshape(own.shape)
+    layer.weight = nn.Parameter(matrix.to(own), requires_grad=False)
     try:
-        set_weight_matrix(layer, weight, None)
         yield
     finally:
-        undo()
+        layer.weight = own
 
 
 def bias_of(module: nn.Module) -> Float[Tensor, " o"] | None:

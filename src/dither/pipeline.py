@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dither.allocation.allocation import Allocation
+from dither.allocations import allocated, kept_promise, read_allocation
 from dither.data import DataSet, open_data
 from dither.data.calibration import LENGTH, prepare_calibration
 from dither.distilled import DISTILLED, calibration_without_data
@@ -51,6 +53,7 @@ def quantize(
     evaluation: str | Path | DataSet | None = None,
     evaluate_count: int | None = None,
     runtime: str | None = None,
+    allocation: Allocation | str | Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Quantize a model; a module that is given is not changed, its copy is.
@@ -62,7 +65,8 @@ def quantize(
     `evaluate_count` of them) compare the result with the full-precision model once it is saved; the report then says
     how they differ. `runtime` names where the result is to run: what would not run there is refused before the work
     begins. `stream` reads a folder block by block, for models larger than memory; None does it where the
-    whole would take more than half of the memory.
+    whole would take more than half of the memory. `allocation`, or the file of one, gives each layer its format; the
+    report says whether the promised bits were kept.
     """
     started = perf_counter()
     if output is not None:
@@ -70,7 +74,8 @@ def quantize(
     elif stream:
         raise InputError("a model that is read block by block needs an output, which its finished units are written to")
     stream = False if output is None else stream
-    run, seen = _begin(model, method, calibration, count, seed, batch_size, device, length, stream, progress)
+    method, bits = _with_bits(method, allocation)
+    run, seen = begin(model, method, calibration, count, seed, batch_size, device, length, stream, progress)
     network = run.network
     if runtime is not None:
         refuse(findings(network, run.anatomy, run.method, runtime), runtime)
@@ -78,9 +83,12 @@ def quantize(
     exam = None if evaluation is None else _prepare(network, evaluation, evaluate_count, seen, progress)
     if output is not None:
         run.unfinished = Unfinished(Path(output), _fingerprint(facts, run.recipe), resume)
-    with _single_purpose(), _pool(workers) as pool:
+    with single_purpose(), _pool(workers) as pool:
         run.walk(pool, spill_budget)
-    result = Result(network, run.recipe, Report(run.report(facts, perf_counter() - started)))
+    report = run.report(facts, perf_counter() - started)
+    if bits is not None:
+        report["allocation"] = kept_promise(bits, report["layers"], facts["model_sha256"])
+    result = Result(network, run.recipe, Report(report))
     if run.unfinished is not None and output is not None:
         result._write(Path(output))
         network.saved(Path(output))
@@ -124,17 +132,28 @@ def plan(
     device: str | torch.device | None = None,
     stream: bool | None = None,
     runtime: str | None = None,
+    allocation: Allocation | str | Path | None = None,
 ) -> dict[str, Any]:
     """What `quantize` would do with the same arguments: layers, sizes, kept layers and why, memory and time.
 
     Nothing is written; whatever is wrong with the model, the recipe or the data is found here. `findings` say what
     keeps the result from running in `runtime`, or makes it slow there.
     """
-    run, _ = _begin(model, method, calibration, count, seed, batch_size, device, length, stream)
+    method, _ = _with_bits(method, allocation)
+    run, _ = begin(model, method, calibration, count, seed, batch_size, device, length, stream)
     return run.plan(runtime)
 
 
-def _begin(
+def _with_bits(method: Method | str, allocation: Allocation | str | Path | None) -> tuple[Method, Allocation | None]:
+    """The method with the formats of an allocation, and the allocation itself."""
+    method = parse_method(method, {}) if isinstance(method, str) else method
+    if allocation is None:
+        return method, None
+    bits = read_allocation(allocation) if isinstance(allocation, str | Path) else allocation
+    return allocated(method, bits), bits
+
+
+def begin(
     model: str | Path | nn.Module,
     method: Method | str,
     calibration: Any,
@@ -218,7 +237,7 @@ def _fingerprint(facts: dict[str, Any], method: Method) -> dict[str, Any]:
 
 
 @contextmanager
-def _single_purpose():  # type: ignore[no-untyped-def]
+def single_purpose():  # type: ignore[no-untyped-def]
     """No gradients, and no reduced precision in statistics and solves."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -35,7 +35,7 @@ def check_formats(model: nn.Module, anatomy: Anatomy, method: Method) -> None:
         spec = method.weight_spec(name)
         if spec.kind not in method.kinds or spec.dynamic:
             raise SpecError(_refusal(name, spec, method))
-        inputs = method.entry_activations if name == anatomy.entry else method.activations
+        inputs = method.input_spec(name, anatomy.entry)
         if inputs is not None and inputs.granularity == "token" and isinstance(model.get_submodule(name), nn.Conv2d):
             raise SpecError(f"{name}: a convolution has no tokens; write int{inputs.bits}:tensor, or skip it")
         try:

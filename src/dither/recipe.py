@@ -102,7 +102,7 @@ def _joined(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         before = joined.get(key)
         if key == "skip" and isinstance(before, list | tuple):
             joined[key] = [*before, *value]
-        elif key == "overrides" and isinstance(before, Mapping):
+        elif key in ("overrides", "activation_overrides") and isinstance(before, Mapping):
             joined[key] = {**value, **{pattern: spec for pattern, spec in before.items() if pattern not in value}}
         else:
             joined[key] = value

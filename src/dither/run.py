@@ -77,7 +77,7 @@ class Run:
     def _read(self, batch: Any) -> Anatomy:
         run = partial(self.network.run, batch, whole=False)
         anatomy = without(read_anatomy(self.network.model, run, self.method.overrides), self.method.skip)
-        for pattern in self.method.overrides:
+        for pattern in (*self.method.overrides, *self.method.activation_overrides):
             matching(pattern, anatomy.layers)
         check_formats(self.network.model, anatomy, self.method)
         return anatomy

@@ -30,7 +30,7 @@ def findings(network: Network, anatomy: Anatomy, method: Method, runtime: str) -
 def _layer(model: nn.Module, name: str, anatomy: Anatomy, method: Method) -> PlannedLayer:
     layer = model.get_submodule(name)
     shape = matrix_shape(layer) if is_layer(layer) else (0, 0)
-    inputs = method.entry_activations if name == anatomy.entry else method.activations
+    inputs = method.input_spec(name, anatomy.entry)
     return PlannedLayer(name, shape, method.weight_spec(name), inputs, not isinstance(layer, nn.Conv2d))
 
 

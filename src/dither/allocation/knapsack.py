@@ -46,7 +46,7 @@ def knapsack(problem: Problem, time_limit_s: float = _TIME_LIMIT_S) -> Solution:
         raise InputError(f"{limits}: {why}; relax one of them")
     best = min(choices, key=problem.score)
     score = problem.score(best)
-    return Solution(best, score, min(max(bound, lowest), score), "milp", status)
+    return Solution(best, score, float(min(max(bound, lowest), score)), "milp", status)
 
 
 def _highs(problem: Problem, lowest: float, time_limit_s: float) -> tuple[tuple[int, ...] | None, str, float]:

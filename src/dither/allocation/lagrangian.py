@@ -33,7 +33,7 @@ def lagrangian(problem: Problem) -> Solution:
     score = problem.score(choice)
     bound = min(bound * unit[0] + math.fsum(_floor(problem)), score)
     status = "optimal" if score <= bound else "within its bound"
-    return Solution(tuple(int(option) for option in choice), score, bound, "lagrangian", status)
+    return Solution(tuple(int(option) for option in choice), score, float(bound), "lagrangian", status)
 
 
 def hull(problem: Problem) -> list[tuple[float, float, tuple[int, ...]]]:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from dither.cli.allocate import allocate
 from dither.cli.compare import compare
 from dither.cli.demo import demo
 from dither.cli.evaluate import evaluate
@@ -44,7 +45,7 @@ def _dither(
     """
 
 
-for command in (demo, quantize, export, generate, evaluate, compare, tune, inspect, methods):
+for command in (demo, quantize, allocate, export, generate, evaluate, compare, tune, inspect, methods):
     app.command()(command)
 app.add_typer(study, name="study")
 

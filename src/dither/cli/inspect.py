@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from dither.cli.compare import show_comparison
-from dither.cli.options import Debug, Device, Json, Quiet, Seed, chosen_device
+from dither.cli.options import BatchSize, Debug, Device, Json, Length, Quiet, Samples, Seed, chosen_device, listed
 from dither.cli.terminal import Terminal
 from dither.cli.tune import show_search
 
@@ -14,12 +14,46 @@ Folder = Annotated[
 ]
 Layers = Annotated[bool, typer.Option("--layers", help="Only the layers.")]
 Coverage = Annotated[bool, typer.Option("--coverage", help="Only what is quantized or kept, module by module.")]
+_MEASURE = "Which layers hurt"
+Sensitivity = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Measure what formats cost: hawq-v2, kl, fisher or error.", show_default=False,
+                 rich_help_panel=_MEASURE),
+]  # fmt: skip
+Data = Annotated[
+    str | None,
+    typer.Option("--calibration", metavar="PATH", help="What to measure on: pictures or text.", show_default=False,
+                 rich_help_panel=_MEASURE),
+]  # fmt: skip
+Formats = Annotated[
+    str | None,
+    typer.Option("--options", metavar="FORMATS", help="Formats to measure (default: 2, 3, 4, 6 and 8 bits).",
+                 show_default=False, rich_help_panel=_MEASURE),
+]  # fmt: skip
+Report = Annotated[
+    str | None,
+    typer.Option("--output", "-o", metavar="FILE.html", help="A report with plots.", show_default=False,
+                 rich_help_panel=_MEASURE),
+]  # fmt: skip
+Scores = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Where the score table is kept, to be measured once.", show_default=False,
+                 rich_help_panel=_MEASURE),
+]  # fmt: skip
 
 
 def inspect(
     folder: Folder,
     layers: Layers = False,
     coverage: Coverage = False,
+    sensitivity: Sensitivity = None,
+    calibration: Data = None,
+    options: Formats = None,
+    output: Report = None,
+    scores: Scores = None,
+    samples: Samples = None,
+    length: Length = None,
+    batch_size: BatchSize = 32,
     json: Json = False,
     device: Device = None,
     seed: Seed = 0,
@@ -29,15 +63,25 @@ def inspect(
     """Show what a folder holds, layer by layer.
 
     Of a quantized model: each layer's format, bits and output error, and why the rest was kept. Of any other model: the
-    units it is visited in, its layers, and which norm feeds which layers.
+    units it is visited in, its layers, and which norm feeds which layers. With `--sensitivity`: what formats would cost
+    each part of it, and how sure that is.
 
     Examples:
 
         dither inspect vit-w4a4/
 
         dither inspect vit/ --coverage
+
+        dither inspect vit/ --sensitivity hawq-v2 --calibration pictures/ -o which-hurts.html
     """
+    if sensitivity is not None and calibration is None:
+        raise typer.BadParameter("say what to measure on with --calibration DATA", param_hint="--calibration")
     with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
+        if sensitivity is not None:
+            how: dict[str, Any] = {"options": None if options is None else listed(options), "scores": scores}
+            how |= {"count": samples, "length": length, "batch_size": batch_size, "seed": seed}
+            _measure(terminal, folder, sensitivity, calibration, output, device=chosen_device(device), **how)
+            return
         from dither.inspection import inspect as look
 
         data = look(folder, device=chosen_device(device) or "cpu")
@@ -55,6 +99,31 @@ def inspect(
             _layers(terminal, data)
         if coverage or everything:
             _coverage(terminal, data, in_full=coverage)
+
+
+def _measure(
+    terminal: Terminal, folder: str, sensitivity: str, calibration: str | None, output: str | None, **how: Any
+) -> None:
+    """The units with the worst first, and the report where one was asked for."""
+    from dither.report.allocation import allocation_report, score_rows
+    from dither.report.table import seconds
+    from dither.sensitivity import measure
+
+    with terminal.progress(sensitivity) as progress:
+        table = measure(folder, sensitivity, calibration, progress=progress, **how)
+    data = allocation_report(table)
+    terminal.show(data)
+    rows = score_rows(table)
+    terminal.table(
+        rows, f"What formats such as {table.options[0]} cost, by {sensitivity}", tuple(rows[0])[1:], ("Weights",)
+    )
+    terminal.line(f"lower is better; measured in {seconds(table.facts.get('time_s'))}")
+    if negative := table.facts.get("negative"):
+        terminal.line(f"{len(negative)} layers have a negative trace, which counts as small: {', '.join(negative[:3])}")
+    if output is not None:
+        from dither.report.html import write_html
+
+        terminal.line(f"report: {write_html(data, output)}")
 
 
 def _summary(terminal: Terminal, data: dict[str, Any]) -> None:

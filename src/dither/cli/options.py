@@ -1,5 +1,6 @@
 """The options that several commands share, each described once."""
 
+import re
 from typing import Annotated
 
 import typer
@@ -46,6 +47,7 @@ Length = Annotated[
     int | None,
     typer.Option(min=2, metavar="N", help="Tokens of a calibration sequence (default: 512).", show_default=False),
 ]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Samples at a time; fewer take less memory.")]
 Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Processes that solve layers at the same time.")]
 
 
@@ -73,3 +75,22 @@ def chosen_device(text: str | None) -> str | None:
 def listed(text: str) -> list[str]:
     """The parts of a comma-separated option."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def read_bytes(text: str) -> float:
+    """Bytes of a size such as `3.2GB`, `20 MB`, `512KiB` or a plain number.
+
+    Raises:
+        InputError: it is none.
+    """
+    from dither.errors import InputError
+
+    matched = re.fullmatch(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)
+    try:
+        number = float(matched[1]) if matched else float("nan")
+    except ValueError:
+        number = float("nan")
+    if matched is None or not number > 0:
+        raise InputError(f"expected a size such as 3.2GB or 20MB, got {text!r}")
+    power = " kmgt".index(matched[2].lower() or " ")
+    return float(number * (1024 if matched[3] else 1000) ** power)

@@ -80,6 +80,11 @@ Runtime = Annotated[
     typer.Option("--for", metavar="RUNTIME", help="Refuse what would not run there: vllm, sglang, transformers, "
                  "llama.cpp or onnx.", show_default=False),
 ]  # fmt: skip
+AllocationFile = Annotated[
+    str | None,
+    typer.Option("--allocation", metavar="FILE", help="Each layer's format, as `dither allocate` wrote it.",
+                 show_default=False, rich_help_panel=_WHAT),
+]  # fmt: skip
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")]
 Stream = Annotated[
     bool | None,
@@ -106,6 +111,7 @@ def quantize(
     override: Override = None,
     size: Size = None,
     prune: Prune = None,
+    allocation: AllocationFile = None,
     samples: Samples = None,
     length: Length = None,
     evaluate: EvaluationData = None,
@@ -138,6 +144,8 @@ def quantize(
         dither quantize llama/ --calibration text.txt --weights int4:g64:sym --for vllm --dry-run
 
         dither quantize llama/ --calibration text.txt -o out/ -m gptq --weights int4:g64 --samples 128 --length 512
+
+        dither quantize llama/ --calibration text.txt -o out/ -m gptq --allocation bits.yaml
     """
     if output is None and not dry_run:
         raise typer.BadParameter("say where the result goes with -o OUT, or use --dry-run", param_hint="--output")
@@ -151,6 +159,7 @@ def quantize(
         fields |= {key: value for key, value in (("size", size), ("prune", prune)) if value is not None}
         chosen = read_recipe(recipe, fields) if recipe else build_method(method or "erq", fields)
         common: dict[str, Any] = {"count": samples, "seed": seed, "length": length, "runtime": runtime}
+        common |= {"allocation": allocation}
         common |= {"stream": stream, "device": chosen_device(device)}
         if dry_run:
             _show_plan(terminal, pipeline.plan(model, chosen, calibration, **common), output)
@@ -206,8 +215,20 @@ def _show_result(terminal: Terminal, report: dict[str, Any], output: str) -> Non
     terminal.show({**report, "output": output})
     rows = [{key: row[key] for key in ("figure", "value", "note")} for row in summary_rows(report)]
     terminal.table([{"": row["figure"], "Result": row["value"], "Note": row["note"]} for row in rows])
+    _show_promise(terminal, report)
     terminal.table(coverage_reasons(report), "What became of the parameters", ("Modules", "Parameters"))
     terminal.line(f"saved in {output} (report: {Path(output) / 'report.html'})")
+
+
+def _show_promise(terminal: Terminal, report: dict[str, Any]) -> None:
+    """Whether the bits of an allocation came out as it said; nothing where there was none."""
+    promise = report.get("allocation")
+    if promise is None:
+        return
+    kept = "as the allocation promised" if promise["as_promised"] else "not what the allocation promised"
+    terminal.line(f"{promise['achieved_bits']:.4f} bits a weight, {kept} ({promise['promised_bits']:.4f})")
+    if not promise["same_model"]:
+        terminal.line("the allocation was measured on another model")
 
 
 def _show_plan(terminal: Terminal, plan: dict[str, Any], output: str | None) -> None:

@@ -46,6 +46,7 @@ class Method(BaseModel):
     fold_norms: bool = Field(default=True, description="batch normalizations into the layers before them, first")
     skip: tuple[str, ...] = Field(default=(), description="layers to keep: names or patterns with *")
     overrides: dict[str, WeightSpec] = Field(default={}, description="other weight formats by name or pattern")
+    activation_overrides: dict[str, ActivationSpec] = Field(default={}, description="other formats of layers' inputs")
 
     @model_validator(mode="before")
     @classmethod
@@ -91,15 +92,25 @@ class Method(BaseModel):
         fitted = {}
         if reparameterized and self.activations is not None:
             fitted = reparameterize(block, self.activations, self.inputs, round_zero_point)
-        return measure(block, self.input_specs(block), self.inputs, fitted)
+        specs = self.input_specs(block)
+        fitted = {name: quantizer for name, quantizer in fitted.items() if specs.get(name) == quantizer.spec}
+        return measure(block, specs, self.inputs, fitted)
 
     def weight_spec(self, layer: str) -> QuantSpec:
         """The weight format of a layer: that of the first matching override, else `weights`."""
         return next((spec for pattern, spec in self.overrides.items() if fnmatchcase(layer, pattern)), self.weights)
 
+    def input_spec(self, layer: str, entry: str) -> QuantSpec | None:
+        """The format of a layer's input: of the first matching override, else `activations`.
+
+        `entry` is the layer that reads the network's own input, whose format is `entry_activations`.
+        """
+        default = self.entry_activations if layer == entry else self.activations
+        return next((s for pattern, s in self.activation_overrides.items() if fnmatchcase(layer, pattern)), default)
+
     def input_specs(self, block: Block) -> dict[str, QuantSpec | None]:
-        """The format of each layer's input; the layer that reads the network's own input has its own."""
-        return {n: self.entry_activations if n == block.entry else self.activations for n in block.unit.layers}
+        """The format of each layer's input."""
+        return {name: self.input_spec(name, block.entry) for name in block.unit.layers}
 
     def operand_specs(self) -> dict[str, QuantSpec | None]:
         """Format of each attention operand."""

@@ -109,11 +109,11 @@ class Gradients:
     @property
     def count(self) -> int:
         """How many samples there are."""
-        return sum(_rows(batch) for batch in self.batches)
+        return sum(rows_of(batch) for batch in self.batches)
 
     def _samples(self) -> Iterator[Any]:
         for batch in self.batches:
-            yield from (_row(batch, index, _rows(batch)) for index in range(_rows(batch)))
+            yield from (row_of(batch, index, rows_of(batch)) for index in range(rows_of(batch)))
 
     def _layer(self, name: str) -> Layer:
         layer = self.model.get_submodule(name)
@@ -143,7 +143,7 @@ class Gradients:
 
             return take
 
-        with torch.enable_grad(), _leaves({name: self._layer(name) for name in layers}, self.model) as leaves:
+        with torch.enable_grad(), leaves_of({name: self._layer(name) for name in layers}, self.model) as leaves:
             scale = HALF_SCALE if any(leaf.dtype == torch.float16 for leaf in leaves.values()) else 1.0
             for name, leaf in leaves.items():
                 leaf.register_post_accumulate_grad_hook(hook(name, scale))
@@ -178,7 +178,7 @@ class Gradients:
 
 
 @contextmanager
-def _leaves(layers: Mapping[str, Layer], model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+def leaves_of(layers: Mapping[str, Layer], model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """While open, these layers' weights alone ask for gradients: stand-ins on the same memory, no longer tied."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = {name: layer.get_parameter("weight") for name, layer in layers.items()}
@@ -205,18 +205,18 @@ def _decoded(model: nn.Module) -> Iterator[None]:
         cache_weights(model, False)
 
 
-def _rows(batch: Any) -> int:
+def rows_of(batch: Any) -> int:
     """Samples of a batch: the length of its first tensor."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 0
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((_rows(part) for part in parts if _rows(part)), 0)
+    return next((rows_of(part) for part in parts if rows_of(part)), 0)
 
 
-def _row(batch: Any, index: int, rows: int) -> Any:
+def row_of(batch: Any, index: int, rows: int) -> Any:
     """One sample as a batch; what has no row for each sample is shared."""
     if isinstance(batch, Tensor):
         return batch[index : index + 1] if batch.ndim and len(batch) == rows else batch
     if isinstance(batch, Mapping):
-        return {key: _row(part, index, rows) for key, part in batch.items()}
-    return type(batch)(_row(part, index, rows) for part in batch) if isinstance(batch, list | tuple) else batch
+        return {key: row_of(part, index, rows) for key, part in batch.items()}
+    return type(batch)(row_of(part, index, rows) for part in batch) if isinstance(batch, list | tuple) else batch

@@ -34,25 +34,37 @@ def next_token_loss(batch: Any, output: Any) -> Float[Tensor, ""]:
         raise InputError("the loss of a language model needs sequences of at least 2 tokens, one to predict")
     if batch.get("attention_mask") is not None:
         following = following.masked_fill(batch["attention_mask"][:, 1:] == 0, _IGNORED)
-    return functional.cross_entropy(_logits(output)[:, :-1].flatten(0, 1).float(), following.flatten())
+    return functional.cross_entropy(logits_of(output)[:, :-1].flatten(0, 1).float(), following.flatten())
 
 
 def own_prediction_loss(batch: Any, output: Any) -> Float[Tensor, ""]:
     """Mean cross-entropy to the classes that the model itself prefers, as labels are not known.
 
-    Classes lie along the last axis, for maps [b, c, h, w] along the second.
+    Raises:
+        InputError: the model returns no logits.
+    """
+    rows = class_rows(output)
+    return functional.cross_entropy(rows, rows.detach().argmax(dim=-1))
+
+
+def class_rows(output: Any) -> Float[Tensor, "n c"]:
+    """Logits as rows in float32; classes lie along the last axis, for maps [b, c, h, w] along the second.
 
     Raises:
         InputError: the model returns no logits.
     """
-    logits = _logits(output).float()
-    rows = (logits.movedim(1, -1) if logits.ndim == 4 else logits).flatten(0, -2)
-    return functional.cross_entropy(rows, rows.detach().argmax(dim=-1))
+    logits = logits_of(output).float()
+    return (logits.movedim(1, -1) if logits.ndim == 4 else logits).flatten(0, -2)
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The logits among what a model returned.
+
+    Raises:
+        InputError: there are none.
+    """
     first = output[0] if isinstance(output, tuple | list) and output else output
     logits = getattr(first, "logits", first)
     if not isinstance(logits, Tensor) or not torch.is_floating_point(logits) or logits.ndim < 2:
-        raise InputError(f"gradients need a model that returns logits, got {type(logits).__name__}")
+        raise InputError(f"expected a model that returns logits, got {type(logits).__name__}")
     return logits

@@ -14,6 +14,8 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
     Raises:
         InputError: none; the message names the nearest.
     """
+    if pattern in names:  # an allocation names every layer, and thousands of patterns are slow
+        return [pattern]
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
         raise InputError(f"pattern {pattern!r} matches no layer{nearest(pattern, names)} (there are {len(names)})")

@@ -16,12 +16,14 @@ LISTS = {
     "compare": ("runs", "failures"),
     "study": ("formats", "rows", "samples"),
     "tune": ("trials",),
+    "allocation": ("units", "frontier", "uniform", "allocations"),
 }
 OBJECTS = {
     "quantize": ("model", "recipe", "provenance", "totals"),
     "compare": ("model", "provenance", "reference"),
     "study": ("model", "settings", "provenance"),
     "tune": ("model", "settings", "provenance", "reference", "best"),
+    "allocation": ("model", "settings", "provenance"),
 }
 HIGHER_IS_BETTER = {"top1": True, "perplexity": False, "agreement": True, "kl": False, "sqnr_db": True}
 SHOWN_DIGITS = {

@@ -64,6 +64,10 @@ def render_html(data: Mapping[str, Any]) -> str:
         from dither.report.tune import render_tune
 
         return render_tune(data)
+    if data["kind"] == "allocation":
+        from dither.report.allocation import render_allocation
+
+        return render_allocation(data)
     model = section(data, "model")
     template = environment().get_template("template.html")
     draw = _compare if data["kind"] == "compare" else _quantize

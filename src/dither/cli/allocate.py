@@ -1,0 +1,200 @@
+"""`dither allocate`: which bits where, within a budget, as a file that `dither quantize` reads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dither.cli.options import (
+    BatchSize,
+    Calibration,
+    Debug,
+    Device,
+    Json,
+    Length,
+    Model,
+    Quiet,
+    Samples,
+    Seed,
+    chosen_device,
+    listed,
+    read_bytes,
+)
+from dither.cli.terminal import Terminal
+
+_BUDGET = "How much it may take"
+Output = Annotated[
+    str | None,
+    typer.Option("--output", "-o", metavar="FILE.yaml", help="Where the allocation goes; of several budgets each has a "
+                 "file with its bits in the name. A report goes beside it.", show_default=False),
+]  # fmt: skip
+Bits = Annotated[
+    str | None,
+    typer.Option(metavar="B[,B…]", help="Average bits a weight of the quantized layers, scales included.",
+                 show_default=False, rich_help_panel=_BUDGET),
+]  # fmt: skip
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="BYTES", help="Of the whole model, such as 3.2GB or 20MB.", show_default=False,
+                 rich_help_panel=_BUDGET),
+]  # fmt: skip
+Limit = Annotated[
+    list[str] | None,
+    typer.Option(metavar="RESOURCE=N", help="Of bops, activations, codes or latency; may be repeated.",
+                 show_default=False, rich_help_panel=_BUDGET),
+]  # fmt: skip
+LatencyFile = Annotated[
+    str | None,
+    typer.Option("--latency", metavar="FILE.json", help="Measured times: layer name or OxI → format → time.",
+                 show_default=False, rich_help_panel=_BUDGET),
+]  # fmt: skip
+By = Annotated[str, typer.Option(metavar="NAME", help="What is measured; settings follow, as in hawq-v2+probes=20.")]
+Solver = Annotated[
+    str | None, typer.Option(metavar="NAME", help="milp, lagrangian, dp, hawq-v2 or uniform.", show_default=False)
+]
+Options = Annotated[
+    str | None,
+    typer.Option(metavar="FORMATS", help="Formats to choose from, such as int2:g64,int4:g64,int8:g64 "
+                 "(default: 2, 3, 4, 6 and 8 bits).", show_default=False),
+]  # fmt: skip
+Name = Annotated[str, typer.Option("--method", "-m", metavar="NAME", help="Whose defaults complete the formats.")]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Layers to keep as they are; may be repeated.", show_default=False),
+]
+Tie = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN,…", help="Layers that share a format; may be repeated.", show_default=False),
+]
+Scores = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Where the score table is kept, to be measured once (default: beside the "
+                 "output).", show_default=False),
+]  # fmt: skip
+
+
+def allocate(
+    model: Model,
+    calibration: Calibration,
+    output: Output = None,
+    bits: Bits = None,
+    size: Size = None,
+    limit: Limit = None,
+    latency: LatencyFile = None,
+    by: By = "fisher",
+    solver: Solver = None,
+    options: Options = None,
+    method: Name = "rtn",
+    skip: Skip = None,
+    tie: Tie = None,
+    scores: Scores = None,
+    samples: Samples = None,
+    length: Length = None,
+    batch_size: BatchSize = 32,
+    json: Json = False,
+    device: Device = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Choose the format of each layer within a budget.
+
+    Layers that runtimes fuse (q, k and v; gate and up; experts) share a format. The scores are measured once: other
+    budgets for the same model, data and formats take no time.
+
+    Examples:
+
+        dither allocate llama/ --calibration text.txt --bits 4.25 -o bits.yaml
+
+        dither allocate vit/ --calibration pictures/ --size 20MB --by hawq-v2 --options int3,int4,int8 -o bits.yaml
+
+        dither allocate llama/ --calibration text.txt --bits 2.5,3,3.5 --by kl --samples 16 -o bits.yaml
+    """
+    with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
+        from dither import allocating
+        from dither.sensitivity import measure
+
+        chosen = allocating.allocator_named(by)
+        limits = _limits(limit or [])
+        wanted: list[float | None] = [_number("--bits", text) for text in listed(bits)] if bits else [None]
+        most = None if size is None else read_bytes(size)
+        if bits is None and most is None and not limits:
+            raise typer.BadParameter("say how much it may take: --bits, --size or --limit", param_hint="--bits")
+        folder = scores or (None if output is None else str(Path(output).with_suffix(".scores")))
+        with terminal.progress(chosen.sensitivity) as progress:
+            table = measure(
+                model, chosen.sensitivity, calibration, options=None if options is None else listed(options),
+                method=method, skip=skip or (), ties=tie or (), latency=_latency(latency), scores=folder,
+                count=samples, seed=seed, length=length, batch_size=batch_size, device=chosen_device(device),
+                progress=progress,
+            )  # fmt: skip
+        found = [allocating.allocate(table, bits=one, size=most, limits=limits, by=by, solver=solver) for one in wanted]
+        files = _write(table, found, wanted, output)
+        _show(terminal, table, found, files)
+
+
+def _limits(texts: list[str]) -> dict[str, float]:
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"expected RESOURCE=N, got {text!r}", param_hint="--limit")
+        found[name.strip()] = read_bytes(value) if name.strip() == "size" else _number("--limit", value)
+    return found
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected a number, got {text!r}", param_hint=option) from None
+
+
+def _latency(path: str | None) -> Mapping[str, Mapping[str, float]] | None:
+    import json
+
+    from dither.errors import InputError, PathError
+
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise PathError(f"latency table {path!r} does not exist")
+    try:
+        data = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise InputError(f"latency table {path!r} is not JSON: {error}") from None
+    if not isinstance(data, dict) or not all(isinstance(times, dict) for times in data.values()):
+        raise InputError(f"latency table {path!r}: expected layer or OxI → format → time")
+    return data
+
+
+def _write(table: Any, found: list[Any], wanted: list[float | None], output: str | None) -> list[str]:
+    """The allocations and their report; the files' names."""
+    from dither.allocations import write_allocation
+    from dither.report.allocation import allocation_report
+    from dither.report.html import write_html
+
+    if output is None:
+        return []
+    files = []
+    for allocation, bits in zip(found, wanted, strict=True):
+        path = Path(output)
+        path = path if len(found) == 1 else path.with_stem(f"{path.stem}-{bits:g}")
+        write_allocation(allocation, path)
+        files.append(str(path))
+    write_html(allocation_report(table, found), Path(output).with_suffix(".html"))
+    return files
+
+
+def _show(terminal: Terminal, table: Any, found: list[Any], files: list[str]) -> None:
+    from dither.report.allocation import allocation_rows, option_rows
+
+    data = [one.to_data() for one in found]
+    terminal.show({"allocations": data, "files": files} if len(found) > 1 else {**data[0], "files": files})
+    terminal.table(option_rows(table, found[-1]), "Formats", ("Bits", "Score", "± "), ("± ",))
+    terminal.table(allocation_rows(found), "Allocations")
+    for path in files:
+        terminal.line(f"saved in {path}")
+    if files:
+        terminal.line(f"use it: dither quantize MODEL --calibration DATA --allocation {files[0]} -o OUT")

@@ -1,0 +1,142 @@
+"""What every sensitivity is given and gives back, and how finished parts of a measurement outlive a kill."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dither.allocation.table import Option, Unit
+from dither.formats.fit import fit_grid
+from dither.formats.qtensor import QTensor, quantize
+from dither.formats.spec import QuantSpec
+from dither.models.anatomy import Anatomy
+from dither.models.gradients import Gradients
+from dither.models.layers import Layer, is_layer, weight_matrix
+from dither.models.network import Network
+from dither.solvers.levels import fit_levels
+from dither.storage import write_json, writing
+
+Progress = Callable[[str, int, int], None]  # (what, done, in all)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores [u, p] of units and options, infinite ones aside; what else a sensitivity knows of them."""
+
+    scores: Float[np.ndarray, "u p"]
+    errors: Float[np.ndarray, "u p"] | None = None
+    priority: Float[np.ndarray, " u"] | None = None
+    pairs: Mapping[int, Float[np.ndarray, "u u"]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Kept:
+    """Finished parts of a measurement as JSON files in a folder; without one they are only computed."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str, compute: Callable[[], T]) -> T:
+        """What was kept under a name, else what is computed now; plain data."""
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{quote(name, safe='')[:200]}.json"
+        if path.is_file():
+            found: T = json.loads(path.read_text())
+            return found
+        made = compute()
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(made, path)
+        return made
+
+
+@dataclass
+class Probe:
+    """A full-precision network, its units and options, data to measure on, and where finished parts are kept.
+
+    `able[u, p]` says which options a unit can have. Whoever measures leaves the network as it was.
+    """
+
+    network: Network
+    anatomy: Anatomy
+    batches: Sequence[Any]
+    units: tuple[Unit, ...]
+    options: tuple[Option, ...]
+    able: Any
+    seed: int = 0
+    kept: Kept = field(default_factory=lambda: Kept(None))
+    progress: Progress | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All layers of all units."""
+        return tuple(name for unit in self.units for name in unit.layers)
+
+    def layer(self, name: str) -> Layer:
+        """A layer in full precision."""
+        module = self.network.model.get_submodule(name)
+        if not is_layer(module):
+            raise TypeError(f"{name} is a {type(module).__name__}, not a layer")
+        return module
+
+    def weight(self, name: str) -> Float[Tensor, "o i"]:
+        """A layer's weight as a float32 matrix."""
+        return weight_matrix(self.layer(name), name)
+
+    def gradients(self) -> Gradients:
+        """Backward passes over the data."""
+        resident = self.network.weights is None
+        return Gradients(self.network.model, self.network.run, self.batches, None, resident)
+
+    def table(self, rows: Mapping[str, Sequence[float]]) -> Float[np.ndarray, "u p"]:
+        """Rows of units by name as an array, infinite where a unit cannot have an option."""
+        return np.where(self.able, np.array([rows[unit.name] for unit in self.units], dtype=np.float64), np.inf)
+
+    def by_unit(self, layers: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+        """Rows of layers summed over each unit's layers."""
+        return {
+            unit.name: [sum(layers[name][p] for name in unit.layers) for p in range(len(self.options))]
+            for unit in self.units
+        }
+
+    def can(self, unit: int) -> list[int]:
+        """The options that a unit can have."""
+        return [p for p in range(len(self.options)) if self.able[unit, p]]
+
+    def say(self, what: str, done: int, total: int) -> None:
+        """Tell whoever watches."""
+        if self.progress is not None:
+            self.progress(what, done, total)
+
+
+@runtime_checkable
+class Sensitivity(Protocol):
+    """A way to measure what formats cost; its fields are its settings."""
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+
+    def measure(self, probe: Probe) -> Measured:
+        """Scores of all units and options."""
+        ...
+
+
+def rounded(weight: Float[Tensor, "o i"], spec: QuantSpec) -> QTensor:
+    """A weight's nearest codes in a format, with the ranges that the format's own search finds."""
+    grid = fit_levels(weight, spec, None) if spec.kind == "nuq" else fit_grid(weight, spec)
+    return quantize(weight, grid)
+
+
+def stored_weight(weight: Float[Tensor, "o i"], option: Option) -> Float[Tensor, "o i"]:
+    """What a weight becomes under an option."""
+    with torch.no_grad():
+        return weight if option.weights is None else rounded(weight, option.weights).dequantize()

@@ -1,0 +1,146 @@
+"""measure: the score table of a model, from one of the sensitivities, kept in a folder so that it is measured once."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from dither.allocation.table import Option, ScoreTable
+from dither.errors import InputError
+from dither.methods.base import Method
+from dither.models.layers import is_layer, matrix_shape
+from dither.pipeline import begin, single_purpose
+from dither.provenance import provenance
+from dither.recipe import parse_method
+from dither.run import Progress, Run
+from dither.sensitivities import parse_sensitivity
+from dither.sensitivities.base import Kept, Probe, Sensitivity
+from dither.sensitivities.units import able, find_units, fixed_parts, trace, unit_costs
+from dither.storage import write_json
+
+BITS = (2, 3, 4, 6, 8)
+GROUP = 64
+TABLE = "table.json"
+
+
+def measure(
+    model: str | Path | nn.Module,
+    sensitivity: Sensitivity | str,
+    calibration: Any,
+    *,
+    options: Sequence[str] | None = None,
+    method: str = "rtn",
+    skip: Sequence[str] = (),
+    ties: Sequence[str] = (),
+    latency: Mapping[str, Mapping[str, float]] | None = None,
+    scores: str | Path | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    length: int | None = None,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> ScoreTable:
+    """What each option would cost each unit of a model, in loss and in resources.
+
+    `options` are formats such as `int4:g64`, `int4:g64/int8:token` (with the format of inputs) or `none`, completed as
+    `method` completes its `weights`; by default integers of 2, 3, 4, 6 and 8 bits, in groups of 64 where all layers
+    allow it. `skip` and `ties` are patterns of layers to leave out, and comma-separated ones of layers that share a
+    choice. With a folder `scores` the table is kept there, and an interrupted measurement goes on where it stopped.
+
+    Raises:
+        InputError: data, options or patterns do not fit the model.
+    """
+    chosen = parse_sensitivity(sensitivity) if isinstance(sensitivity, str) else sensitivity
+    rtn = parse_method("rtn", {"skip": list(skip)})  # another method's default format may fit no layer of this model
+    run, _ = begin(model, rtn, calibration, count, seed, batch_size, device, length, None, progress)
+    parsed = read_options(options or default_options(run), parse_method(method, {}))
+    with single_purpose():
+        traced = trace(run.network, run.anatomy, run.data.batches[0])
+        units = find_units(run.network, run.anatomy, traced, ties)
+        possible = able(run.network, units, parsed)
+        for unit, row in zip(units, possible, strict=True):
+            if not row.any():
+                raise InputError(f"{unit.name} can be stored as none of the options; add one, such as int4 or none")
+        facts = _facts(run, chosen, parsed, method, seed)
+        folder = None if scores is None else Path(scores) / f"{chosen.name}-{_digest(facts, units)}"
+        known = None if folder is None else _read(folder / TABLE)
+        costs = unit_costs(run.network, units, parsed, possible, traced, latency)
+        if known is None:
+            started = perf_counter()
+            probe = Probe(
+                run.network, run.anatomy, run.data.batches, units, parsed, possible, seed,
+                Kept(None if folder is None else folder / "parts"), progress,
+            )  # fmt: skip
+            found = chosen.measure(probe)
+            facts |= {"time_s": perf_counter() - started, **found.facts}
+            known = ScoreTable(
+                units, parsed, found.scores, costs, fixed_parts(run.network, run.anatomy, units),
+                found.priority, found.errors, found.pairs, facts,
+            )  # fmt: skip
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(known.to_data(), folder / TABLE)
+                shutil.rmtree(folder / "parts", ignore_errors=True)
+    return replace(known, costs=costs)  # a latency table may be another one than when the scores were measured
+
+
+def read_options(texts: Sequence[str], method: Method) -> tuple[Option, ...]:
+    """Options as a method understands them: what a text leaves out is as in the method's `weights` and `activations`.
+
+    Raises:
+        InputError: none, twice the same, or a format that the method cannot store.
+    """
+    found = []
+    for text in texts:
+        weights, _, activations = (part.strip() for part in text.partition("/"))
+        given = {"weights": weights} if weights not in ("none", "fp") else {}
+        read = parse_method(method.name, given | ({"activations": activations} if activations else {}))
+        if given and (read.weights.kind not in method.kinds or read.weights.dynamic):
+            raise InputError(f"option {text!r}: {method.name} stores weights as one of {', '.join(method.kinds)}")
+        found.append(Option(read.weights if given else None, read.activations if activations else None))
+    if len(set(found)) < len(found) or not found:
+        raise InputError(f"options are to be different formats, got {', '.join(texts) or 'none'}")
+    return tuple(found)
+
+
+def default_options(run: Run) -> list[str]:
+    """Integers of several widths, in groups of 64 inputs where these divide the columns of every layer."""
+    layers = [run.network.model.get_submodule(name) for name in run.anatomy.layers]
+    grouped = all(matrix_shape(layer)[1] % GROUP == 0 for layer in layers if is_layer(layer))
+    return [f"int{bits}:g{GROUP}" if grouped else f"int{bits}:channel" for bits in BITS]
+
+
+def _facts(run: Run, chosen: Sensitivity, options: Sequence[Option], method: str, seed: int) -> dict[str, Any]:
+    """What decides the scores: the table's key."""
+    known = provenance(run.sha256, run.data, seed, run.network.device)
+    facts = {
+        "model": run.network.name,
+        "sensitivity": chosen.name,
+        "settings": dict(vars(chosen)),
+        "method": method,
+        "options": [str(option) for option in options],
+        **known,
+    }
+    return dict(json.loads(json.dumps(facts)))  # plain texts and numbers, as they will be read again
+
+
+def _digest(facts: Mapping[str, Any], units: Sequence[Any]) -> str:
+    text = json.dumps([facts, [unit.layers for unit in units]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> ScoreTable | None:
+    if not path.is_file():
+        return None
+    try:
+        return ScoreTable.from_data(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{str(path)!r} is no table of scores ({error}); remove it to measure again") from None

@@ -1,0 +1,83 @@
+"""`dither allocate`, `inspect --sensitivity` and `quantize --allocation`, as they are typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.cli.conftest import Run, error_line
+
+from dither.cli.options import read_bytes
+from dither.errors import InputError
+
+FORMATS = ("--options", "int2:channel,int4:channel,int8:channel")
+
+
+def test_from_a_budget_to_a_model_of_that_size(run: Run, tiny_model: Path, calibration: Path, tmp_path: Path) -> None:
+    common = (tiny_model, "--calibration", calibration)
+    done = run("allocate", *common, "--bits", 5.5, "--by", "error", *FORMATS, "-o", "bits.yaml")
+    assert done.code == 0, done.err
+    assert "optimal" in done.out
+    assert "saved in bits.yaml" in done.out
+    data = yaml.safe_load((tmp_path / "bits.yaml").read_text())
+    assert data["bits"] <= 5.5
+    assert "<svg" in (tmp_path / "bits.html").read_text()
+    done = run("quantize", *common, "-m", "gptq", "--allocation", "bits.yaml", "-o", "out")
+    assert done.code == 0, done.err
+    assert f"{data['bits']:.4f} bits a weight, as the allocation promised" in done.out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["allocation"]["as_promised"]
+    plan = run("quantize", *common, "-m", "rtn", "--allocation", "bits.yaml", "--dry-run", "--json").data
+    assert {row["name"]: row["weights"] for row in plan["layers"]} == data["layers"]
+
+
+def test_several_budgets_are_solved_from_one_measurement(
+    run: Run, tiny_model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    common = ("allocate", tiny_model, "--calibration", calibration, "--by", "error", *FORMATS, "-o", "bits.yaml")
+    done = run(*common, "--bits", "4.5,5.5", "--json")
+    assert done.code == 0, done.err
+    assert done.data["files"] == ["bits-4.5.yaml", "bits-5.5.yaml"]
+    assert [one["bits"] <= most for one, most in zip(done.data["allocations"], (4.5, 5.5), strict=True)] == [True] * 2
+    (table,) = (tmp_path / "bits.scores").rglob("table.json")
+    before = table.stat().st_mtime_ns
+    assert run(*common, "--size", "20kB", "--json").code == 0
+    assert table.stat().st_mtime_ns == before
+
+
+def test_a_budget_that_is_missing_or_cannot_be_met_is_said_in_a_line(
+    run: Run, tiny_model: Path, calibration: Path
+) -> None:
+    common = ("allocate", tiny_model, "--calibration", calibration, "--by", "error", *FORMATS)
+    assert "say how much it may take" in run(*common).err
+    assert "bits a weight asked for" in error_line(run(*common, "--bits", 1))
+    assert "no cost 'watts'" in error_line(run(*common, "--limit", "watts=3"))
+    assert "did you mean 'hawq-v2'" in error_line(run(*common, "--bits", 4, "--by", "hawqv2"))
+
+
+def test_inspecting_shows_which_units_hurt_and_how_sure_that_is(
+    run: Run, tiny_model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    common = ("inspect", tiny_model, "--sensitivity", "kl", "--calibration", calibration, *FORMATS)
+    done = run(*common, "-o", "kl.html")
+    assert done.code == 0, done.err
+    assert "± %" in done.out
+    assert "<svg" in (tmp_path / "kl.html").read_text()
+    data = run(*common, "--json").data
+    assert data["kind"] == "allocation"
+    assert len(data["units"][0]["scores"]) == 3
+    assert data["units"][0]["errors"][0] > 0
+    assert "--calibration" in run("inspect", tiny_model, "--sensitivity", "kl").err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("3.2GB", 3.2e9), ("20 MB", 2e7), ("512KiB", 524288.0), ("1e6", 1e6), ("7", 7.0)]
+)
+def test_sizes_are_read(text: str, expected: float) -> None:
+    assert read_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "big", "-3MB", "3XB", "1.2.3GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="expected a size"):
+        read_bytes(text)
