@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tests.cli.conftest import Run, error_line, noise_pictures
+from tests.export.conftest import save_language_model
 
 import dither
 from dither.engine.local import InProcess
@@ -225,3 +226,30 @@ def test_what_was_learned_on_one_model_begins_the_search_on_another(
     done = run(*base, "--trials", 2, "--from", "one/trials.jsonl", "--objective", "kl", "-o", "two")
     assert done.code == 0, done.err
     assert any("began with 6 trials of tiny_vit" in note for note in done.data["notes"])
+
+
+def test_a_text_is_split_and_its_first_part_makes_the_best_again(run: Run, tmp_path: Path) -> None:
+    save_language_model(tmp_path / "llama")
+    words = ("the cat", "an inn", "a hat in the tin", "that is an ant", "it is the hat")
+    text = "\n".join(" ".join(words[(k * k + n) % 5] for n in range(4)) for k in range(120))
+    (tmp_path / "text.txt").write_text(text + "\n")
+    few = (
+        "--methods",
+        "rtn,gptq",
+        "--try",
+        "search=minmax",
+        "--try",
+        "scheme=asym,sym",
+        "--try",
+        "ends=quantized,kept",
+    )
+    done = run("tune", "llama", "--calibration", "text.txt", "--strategy", "genetic", *few, "--try", "granularity=g32",
+               "--try", "samples=2,6", "--length", 16, "--count", 4, "--trials", 3, "--json", "-o", "out")  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.data["settings"]["objective"] == "perplexity"
+    assert done.data["best"]["figures"]["perplexity"] == min(t["figures"]["perplexity"] for t in done.data["trials"])
+    assert any("calibration.txt" in note for note in done.data["notes"])
+    assert any("all layers are kept" in note for note in done.data["notes"])  # its one block is first and last
+    again = run(*done.data["best"]["command"].split()[1:], "--quiet")
+    assert again.code == 0, again.err
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/best/model.safetensors").read_bytes()

@@ -101,7 +101,10 @@ class Choices:
             DitherError: a format that the method or a layer does not take.
         """
         method = parse_method(str(configuration["method"]), self.fields(configuration))
-        check_formats(self.model, without(self.anatomy, method.skip), method)
+        left = without(self.anatomy, method.skip)
+        if not left.units:
+            raise InputError(f"{method.name}: all layers are kept, as the first and last unit are all that there is")
+        check_formats(self.model, left, method)
         return method
 
     def fields(self, configuration: Mapping[str, Value]) -> dict[str, Any]:

@@ -170,9 +170,8 @@ def _plots(data: Mapping[str, Any]) -> list[Plot]:
     """Over time, and quality against size."""
     aim, names = objective(data), shown(data)
     quality = aim if aim != "size" else next((name for name in names if name != "size"), None)
-    found = [
-        ("Over time", "Each dot is a trial; the line is the best so far that kept the limits.", _over_time(data, aim))
-    ]
+    caption = "Each dot is a trial, grey where it broke a limit; the line is the best so far. Dashed: full precision."
+    found = [("Over time", caption, _over_time(data, aim))]
     if quality is not None:
         caption = "Each dot is a trial; the line joins those that no other beats in both. The star is the best."
         found.append(("Quality against size", caption, _pareto(data, quality)))
