@@ -41,15 +41,14 @@ class SecondLevel:
             raise SpecError(
                 f"a scale or zero-point of {float(wide.abs().amax()):.4g} does not fit into {bits} bits of s"
             )
-        parts = wide.split(size)
-        low = torch.stack([part.amin(dim=0) for part in parts])
-        high = torch.stack([part.amax(dim=0) for part in parts])
+        parts = _in_groups(wide, size)
+        low, high = torch.aminmax(parts, dim=1)
         offset = low.half().double()
         if positive:
             offset = offset.clamp_min(_SMALLEST)
         step = ((high - offset).clamp_min(0) / (2**bits - 1)).half().double().clamp_min(_SMALLEST)
-        index = _group_of(values.shape[0], size, values.device)
-        codes = torch.round((wide - offset[index]) / step[index]).clamp(0, 2**bits - 1)
+        codes = ((parts - offset[:, None]) / step[:, None]).round_().clamp_(0, 2**bits - 1)
+        codes = codes.flatten(0, 1)[: wide.shape[0]]
         return cls(codes.to(torch.uint8), step.float(), offset.float(), size)
 
     @classmethod
@@ -62,9 +61,14 @@ class SecondLevel:
 
     def decode(self) -> Float[Tensor, "R C"]:
         """offset + step * code, in float32."""
-        index = _group_of(self.codes.shape[0], self.size, self.codes.device)
-        return self.offset[index] + self.step[index] * self.codes.float()
+        codes = _in_groups(self.codes.float(), self.size)
+        values = self.offset[:, None] + self.step[:, None] * codes
+        return values.flatten(0, 1)[: self.codes.shape[0]]
 
 
-def _group_of(rows: int, size: int, device: torch.device) -> Tensor:
-    return torch.arange(rows, device=device) // size
+def _in_groups(values: Float[Tensor, "R C"], size: int) -> Float[Tensor, "S size C"]:
+    """Groups of `size` rows; the last row stands again where the last group has fewer."""
+    missing = -values.shape[0] % size
+    if missing:
+        values = torch.cat([values, values[-1:].expand(missing, -1)])
+    return values.reshape(-1, size, values.shape[1])
