@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dither.errors import InputError
 from dither.export.source import Source
 from dither.models.checkpoint import INDEX, WEIGHTS, Checkpoint
+from dither.models.layers import is_layer, matrix_shape
 from dither.models.network import CONFIG
 from dither.storage import BESIDE, SHARD_BYTES, write_json, write_tensors, writing
 
@@ -61,6 +62,10 @@ def check_tensors(source: Source, model: nn.Module) -> None:
         raise InputError(f"{owner}: other programs do not quantize the operands of attention; {instead}")
     if source.structure.get("experts"):
         raise InputError(f"{source.structure['experts'][0]}: experts taken apart cannot be exported yet; {instead}")
+    for name, entry in source.layers.items():
+        layer = model.get_submodule(name)
+        if is_layer(layer) and tuple(entry["shape"]) != matrix_shape(layer):
+            raise InputError(f"{name}: channels were pruned, which other programs do not expect; {instead}")
     known = set(model.state_dict())
     for name in source.kept_names:
         if name not in known:

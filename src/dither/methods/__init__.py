@@ -20,6 +20,7 @@ from dither.methods.signround import SignRound
 from dither.methods.smoothquant import SmoothQuant
 from dither.methods.spqr import SpQR
 from dither.methods.squeezellm import SqueezeLLM
+from dither.methods.udfc import UDFC
 from dither.methods.zeroq import ZeroQ
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "PRESETS",
     "QERA",
     "RTN",
+    "UDFC",
     "AdaDim",
     "BiLLM",
     "LoRC",
@@ -65,6 +67,7 @@ METHODS: dict[str, type[Method]] = {
     "oac": OAC,
     "signround": SignRound,
     "zeroq": ZeroQ,
+    "udfc": UDFC,
 }
 
 
@@ -80,6 +83,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "lqer": ("qera", {"scale": "lqer"}),
     "oac-billm": ("oac", {"solver": "billm", "weights": "nuq2:g128:dual", "damping": 0.01, "act_order": False}),
     "spqr-3bit": ("spqr", {"weights": "int3:g8:asym:tight:realzero:s3.64", "threshold": 0.4}),
+    "udfc-corrected": (
+        "udfc",
+        {"bias_correct": True, "prior": "identity", "relative": True, "ridge": 0.1},
+    ),
     "billm-columns": ("billm", {"search": "weight", "feedback": "columns", "act_order": True}),
 }
 

@@ -156,7 +156,7 @@ def _fold(model: nn.Module, name: str, layer: str) -> Callable[[], None]:
     before = bias.detach().float() if isinstance(bias, Tensor) else None
     rows, offset = fold_norm(as_matrix(target, weight), before, affine)  # type: ignore[arg-type]
     set_weight_matrix(target, rows, offset)  # type: ignore[arg-type]
-    folded = FoldedNorm(norm, layer, affine.bias.float(), affine.weight.abs().float())
+    folded = FoldedNorm(norm, layer, affine.bias.float(), affine.weight.abs().float(), affine.scale.float())
     parent = model.get_submodule(holder) if holder else model
     setattr(parent, leaf, folded.eval())
 

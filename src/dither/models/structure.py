@@ -30,6 +30,7 @@ def describe(model: nn.Module, prefix: str = "") -> Structure:
                 **describe_weight(module.packed.layout),
                 "bias": module.bias is not None,
                 "activations": _describe_quantizer(module.input_quantizer),
+                **({"groups": module.groups} if isinstance(module, QuantizedConv2d) and module.groups > 1 else {}),
             }
         elif isinstance(module, AttentionOperands):
             owner = name.rpartition(".")[0]
@@ -133,7 +134,9 @@ def _empty_layer(layer: nn.Module, name: str, entry: Mapping[str, Any]) -> Quant
     bias = torch.zeros(packed.shape[0], dtype=dtype) if entry["bias"] else None
     quantizer = _empty_quantizer(entry["activations"])
     if isinstance(layer, nn.Conv2d):
-        return QuantizedConv2d(packed, bias, quantizer, dtype, ConvGeometry(layer))
+        geometry = ConvGeometry(layer)
+        geometry.groups = entry.get("groups", geometry.groups)  # fewer where channels were pruned
+        return QuantizedConv2d(packed, bias, quantizer, dtype, geometry)
     return QuantizedLinear(packed, bias, quantizer, dtype)
 
 

@@ -10,18 +10,24 @@ class FoldedNorm(nn.Module):
     """Passes its input on; where the normalization's class held modules of its own (timm's: an activation), these run.
 
     `layer` names the layer that scale and shift went into. `mean` and `deviation` are those of each channel of the
-    output over the training data, as the normalization knew them; they are not stored.
+    output over the training data, as the normalization knew them, `scale` what it multiplied by; they are not stored.
     """
 
     mean: Tensor | None
     deviation: Tensor | None
+    scale: Tensor | None
 
     def __init__(
-        self, norm: nn.Module, layer: str, mean: Tensor | None = None, deviation: Tensor | None = None
+        self,
+        norm: nn.Module,
+        layer: str,
+        mean: Tensor | None = None,
+        deviation: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.mean, self.deviation = mean, deviation
+        self.mean, self.deviation, self.scale = mean, deviation, scale
         for name, child in norm.named_children():
             self.add_module(name, child)
 
