@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dither.formats.codebook import FIXED_LEVELS
+from dither.formats.mixed import SPANS
 from dither.formats.spec import QuantSpec
 
 Parts = Mapping[str, Tensor]
@@ -21,11 +22,13 @@ Parts = Mapping[str, Tensor]
 def decode(parts: Parts, entry: Mapping[str, Any]) -> Float[np.ndarray, "o i"]:
     """The float32 weight [o, i] of stored parts that a layer's entry in config.json describes."""
     spec, (rows, columns) = QuantSpec(**entry["weights"]), entry["shape"]
-    codes = _stream(parts["codes"], spec.bits, columns)
+    codes = _codes_of_columns(parts) if spec.kind == "mix" else _stream(parts["codes"], spec.bits, columns)
     if spec.kind == "nuq":
         levels = parts["levels"].float().numpy()
         row, column = _cells(parts, spec, (rows, columns), levels.shape)
         dense = levels[row[:, None], column, codes]
+    elif spec.kind == "mix":
+        dense = _mixed(parts, spec, codes)
     else:
         scale = _statistic(parts, "scale", spec)
         where = np.ix_(*_cells(parts, spec, (rows, columns), scale.shape))
@@ -39,6 +42,34 @@ def decode(parts: Parts, entry: Mapping[str, Any]) -> Float[np.ndarray, "o i"]:
         dense = dense + _factor(parts, "b", 0) @ _factor(parts, "a", 1)
     result: Float[np.ndarray, "o i"] = dense
     return result
+
+
+def _codes_of_columns(parts: Parts) -> Int[np.ndarray, "r n"]:
+    """Columns of one width lie together, the narrowest first; each width begins on a byte of its own."""
+    packed, width = parts["codes"], np.array([int(top).bit_length() for top in parts["column_top"].tolist()])
+    codes, start = np.zeros((len(packed), len(width)), dtype=np.int64), 0
+    for bits in range(1, 9):
+        columns = np.flatnonzero(width == bits)
+        stop = start + (len(columns) * bits + 7) // 8
+        codes[:, columns] = _stream(packed[:, start:stop].contiguous(), bits, len(columns))
+        start = stop
+    return codes
+
+
+def _mixed(parts: Parts, spec: QuantSpec, codes: Int[np.ndarray, "r n"]) -> Float[np.ndarray, "r n"]:
+    """Steps of a column are those of its cell's nominal width, times a ratio that a table of spans gives."""
+    top, whole = parts["column_top"].numpy().astype(np.float64), 2**spec.bits - 1
+    span = np.interp(np.log2(top + 1), np.arange(len(SPANS)), SPANS)
+    ratio = np.where(top > 0, whole / np.maximum(top, 1) * span / SPANS[spec.bits], 0).astype(np.float32)
+    stored = _statistic(parts, "scale", spec)
+    where = np.ix_(*_cells(parts, spec, (codes.shape[0], codes.shape[1]), stored.shape))
+    zero = np.where(top == 1, 0.5, np.floor((top + 1) / 2)).astype(np.float32)[None]
+    if spec.symmetry == "asym":
+        inverse = np.where(ratio > 0, np.float32(1) / np.where(ratio > 0, ratio, np.float32(1)), np.float32(0))
+        middle = np.float32(whole / 2) - _statistic(parts, "zero_point", spec)[where]
+        zero = (top / 2).astype(np.float32) - middle * inverse
+    dense: Float[np.ndarray, "r n"] = (stored[where] * ratio) * (codes.astype(np.float32) - zero)
+    return dense
 
 
 def _cells(

@@ -144,7 +144,7 @@ def test_every_token_has_an_opposite_that_undoes_it() -> None:
         ("int4:assym", "did you mean 'asym'"),
         ("it4", "got 'it4'; did you mean 'int4'"),
         ("log2", "did you mean 'log2-4'"),
-        ("", "expected intB, log2-B, logsqrt2-B, twinB, nf4, fp4, nuqB or mxintB, got ''"),
+        ("", "expected intB, log2-B, logsqrt2-B, twinB, nf4, fp4, nuqB, mxintB or mixB, got ''"),
         ("int4:", "unknown token ''"),
         ("int9", "bits must be 1 to 8, got 9; try int4"),
         ("log2-0", "bits must be 1 to 8, got 0; try log2-4"),

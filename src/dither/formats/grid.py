@@ -38,6 +38,11 @@ def implied_zero_point(spec: QuantSpec) -> float:
     return float(2 ** (spec.bits - 1)) if spec.bits > 1 else 0.5
 
 
+def rounded(steps: Float[Tensor, "*n"], mode: RoundMode) -> Float[Tensor, "*n"]:
+    """Whole numbers: the nearest (even between two), the one below or the one above."""
+    return _ROUND[mode](steps)
+
+
 def encode(
     x: Float[Tensor, "*n"],
     scale: Float[Tensor, "*#n"],

@@ -8,6 +8,7 @@ from dither.errors import ShapeError
 from dither.formats.codebook import Codebook
 from dither.formats.grid import Grid, column_index, highest_code, implied_zero_point, row_index
 from dither.formats.layout import Layout, packs_zero_point
+from dither.formats.mixed import MixedGrid
 from dither.formats.packing import pack, unpack
 from dither.formats.ranges import EXPONENT_BIAS, scale_dtype
 from dither.formats.second_level import SecondLevel
@@ -16,12 +17,14 @@ from dither.formats.spec import QuantSpec
 _BYTE = 255
 
 
-def pack_grid(grid: Grid | Codebook, layout: Layout) -> dict[str, Tensor]:
-    """Scales or levels, zero-points, and which columns belong together, by their short names.
+def pack_grid(grid: Grid | Codebook | MixedGrid, layout: Layout) -> dict[str, Tensor]:
+    """Scales or levels, zero-points, which columns belong together and how wide they are, by their short names.
 
     Raises:
         ShapeError: the format quantizes its scales, but the grid was made without their codes.
     """
+    if isinstance(grid, MixedGrid):
+        return {"column_top": grid.top, **pack_grid(grid.base, layout)}
     spec, parts = grid.spec, {}
     if spec.dual and grid.column_of is not None:
         parts["column_set"] = pack((grid.column_of % 2).to(torch.uint8)[None], bits=1)[0]
@@ -39,8 +42,9 @@ def pack_grid(grid: Grid | Codebook, layout: Layout) -> dict[str, Tensor]:
     return parts
 
 
-def is_regrouped(grid: Grid | Codebook) -> bool:
+def is_regrouped(grid: Grid | Codebook | MixedGrid) -> bool:
     """Whether the columns of a group do not lie side by side."""
+    grid = grid.base if isinstance(grid, MixedGrid) else grid
     if grid.spec.granularity != "group" or grid.column_of is None:
         return False
     side_by_side = column_index(grid.spec, grid.column_of.shape[0], grid.column_of.device)
@@ -48,7 +52,7 @@ def is_regrouped(grid: Grid | Codebook) -> bool:
     return side_by_side is None or not torch.equal(groups.to(side_by_side), side_by_side)
 
 
-def unpack_grid(parts: dict[str, Tensor], layout: Layout) -> Grid | Codebook:
+def unpack_grid(parts: dict[str, Tensor], layout: Layout) -> Grid | Codebook | MixedGrid:
     """The inverse of `pack_grid`."""
     spec, device, (rows, columns) = layout.spec, parts["codes"].device, layout.shape
     row_of, column_of = row_index(spec, rows, device), column_index(spec, columns, device)
@@ -70,7 +74,8 @@ def unpack_grid(parts: dict[str, Tensor], layout: Layout) -> Grid | Codebook:
     zero_point, zero_point_codes = torch.full_like(scale, implied_zero_point(spec)), None
     if spec.stores_zero_point:
         zero_point, zero_point_codes = _unpack_zero_point(parts, layout)
-    return Grid(spec, scale, zero_point, row_of, column_of, scale_codes, zero_point_codes)
+    grid = Grid(spec, scale, zero_point, row_of, column_of, scale_codes, zero_point_codes)
+    return MixedGrid(grid, parts["column_top"]) if spec.kind == "mix" else grid
 
 
 def _pack_statistic(

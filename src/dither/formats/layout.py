@@ -20,6 +20,7 @@ class Layout:
     """A weight [o, i] in a format, with so many outliers and a correction of such (rank, dtype); None for neither.
 
     `regrouped` says that the columns of a group do not lie side by side, so that each column's group is stored.
+    `widths` counts the columns of 0 to 8 bits of a mixed format; None before they are known, when all are taken alike.
     """
 
     spec: QuantSpec
@@ -27,6 +28,7 @@ class Layout:
     outliers: int | None = None
     low_rank: tuple[int, FactorType] | None = None
     regrouped: bool = False
+    widths: tuple[int, ...] | None = None
 
     @property
     def cells(self) -> tuple[int, int]:
@@ -40,7 +42,12 @@ class Layout:
             ShapeError: a group size does not divide.
         """
         spec, (rows, columns) = self.spec, self.shape
-        parts: TensorLayout = {"codes": ((rows, packed_width(columns, spec.bits)), torch.uint8)}
+        width = packed_width(columns, spec.bits)
+        if self.widths is not None:  # columns of one width lie together
+            width = sum(packed_width(count, bits) for bits, count in enumerate(self.widths))
+        parts: TensorLayout = {"codes": ((rows, width), torch.uint8)}
+        if spec.kind == "mix":
+            parts["column_top"] = ((columns,), torch.uint8)
         parts |= _grid_layout(spec, self.cells)
         if spec.dual:
             parts["column_set"] = ((packed_width(columns, 1),), torch.uint8)

@@ -12,6 +12,7 @@ from dither.formats.grid import Grid
 from dither.formats.grid_packing import is_regrouped, pack_grid, unpack_grid
 from dither.formats.layout import Layout
 from dither.formats.low_rank import LowRank
+from dither.formats.mixed import MixedGrid, count_widths, pack_columns, unpack_columns
 from dither.formats.packing import pack, unpack
 from dither.formats.sparse import Sparse
 from dither.formats.spec import QuantSpec
@@ -22,7 +23,7 @@ class QTensor:
     """Codes [o, i] of at most 8 bits, the grid that gives them their values, and what is added to these."""
 
     codes: UInt8[Tensor, "o i"]
-    grid: Grid | Codebook
+    grid: Grid | Codebook | MixedGrid
     sparse: Sparse | None = None
     low_rank: LowRank | None = None
 
@@ -41,7 +42,8 @@ class QTensor:
         """What its stored tensors look like."""
         outliers = None if self.sparse is None else self.sparse.count
         low_rank = None if self.low_rank is None else (self.low_rank.rank, self.low_rank.dtype)
-        return Layout(self.spec, self.shape, outliers, low_rank, is_regrouped(self.grid))
+        widths = count_widths(self.grid.top) if isinstance(self.grid, MixedGrid) else None
+        return Layout(self.spec, self.shape, outliers, low_rank, is_regrouped(self.grid), widths)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o i"]:
         """The values that the codes stand for, plus outliers and correction; computed in float32."""
@@ -64,7 +66,11 @@ class QTensor:
 
     def pack(self) -> dict[str, Tensor]:
         """The stored tensors by their short names; `layout` says their shapes."""
-        parts = {"codes": pack(self.codes, self.spec.bits), **pack_grid(self.grid, self.layout)}
+        if isinstance(self.grid, MixedGrid):
+            codes = pack_columns(self.codes, self.grid.top)
+        else:
+            codes = pack(self.codes, self.spec.bits)
+        parts = {"codes": codes, **pack_grid(self.grid, self.layout)}
         for extra in (self.sparse, self.low_rank):
             parts |= {} if extra is None else extra.pack()
         return parts
@@ -83,9 +89,13 @@ class QTensor:
                 raise ShapeError(f"stored {name} of {spec} for weight {shape}: expected {size} {dtype}, got {found}")
         sparse = None if layout.outliers is None else Sparse.unpack(parts, shape)
         low_rank = None if layout.low_rank is None else LowRank.unpack(parts, layout.low_rank[1])
-        return cls(unpack(parts["codes"], spec.bits, shape[1]), unpack_grid(parts, layout), sparse, low_rank)
+        if layout.widths is None:
+            codes = unpack(parts["codes"], spec.bits, shape[1])
+        else:
+            codes = unpack_columns(parts["codes"], parts["column_top"], layout.widths)
+        return cls(codes, unpack_grid(parts, layout), sparse, low_rank)
 
 
-def quantize(weight: Float[Tensor, "o i"], grid: Grid | Codebook) -> QTensor:
+def quantize(weight: Float[Tensor, "o i"], grid: Grid | Codebook | MixedGrid) -> QTensor:
     """Round a weight to its nearest codes; exact for a weight that lies on the grid."""
     return QTensor(grid.codes(weight), grid)

@@ -6,6 +6,7 @@ Grammar: KIND[:TOKEN]…, for example `int4`, `int3:g128`, `int4:g128:asym`, `in
               nf4 | fp4                                             16 fixed levels times an absolute maximum (QLoRA)
               nuq1 … nuq8                                           levels of their own for each cell (SqueezeLLM)
               mxint2 … mxint8                                       integers that share an 8-bit exponent
+              mix1 … mix8                                           columns of different widths, so many bits on average
     TOKEN     tensor | channel | token | gN                         one scale for what
               oc | ic                                               groups run along the inputs (oc) or the outputs (ic)
               sym | asym | unsigned                                 where the range lies
@@ -32,7 +33,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dither.errors import SpecError, nearest
 
-_KIND = re.compile(r"(int|log2-|logsqrt2-|twin|nf|fp|nuq|mxint)(\d+)")
+_KIND = re.compile(r"(int|log2-|logsqrt2-|twin|nf|fp|nuq|mxint|mix)(\d+)")
 _GROUP = re.compile(r"g(\d+)")
 _SECOND = re.compile(r"s(\d+)\.(\d+)")
 _WORDS: dict[str, dict[str, Any]] = {
@@ -62,8 +63,9 @@ _WORDS: dict[str, dict[str, Any]] = {
     "static": {"dynamic": False},
     "dynamic": {"dynamic": True},
 }
-Kind = Literal["int", "log2", "logsqrt2", "twin", "nf", "fp", "nuq", "mxint"]
+Kind = Literal["int", "log2", "logsqrt2", "twin", "nf", "fp", "nuq", "mxint", "mix"]
 CODEBOOKS = ("nf", "fp", "nuq")  # kinds whose codes choose from a table of levels
+_OWN = (*CODEBOOKS, "mxint", "mix")  # kinds that take nothing from a base of another kind
 # what only uniform grids with a free scale have; a kind of another sort takes none of it from a base
 _UNIFORM = ("symmetry", "include_zero", "zero_point", "narrow", "dual", "power_of_two", "scale_bits", "scale_group")
 ACTIVATION_PERCENTILES = (0.999, 0.9999, 0.99999)  # RepQ-ViT released code
@@ -105,7 +107,7 @@ class QuantSpec(BaseModel):
             raise SpecError(f"{self}: narrow leaves out the lowest code of a symmetric grid of 2 bits or more")
         if self.kind == "twin" and self.bits == 1:
             raise SpecError("twin1: twin grids spend one bit on the region and need 2 bits or more")
-        if self.kind in (*CODEBOOKS, "mxint"):
+        if self.kind in _OWN:
             self._check_kind()
         self._check_second_level()
         return self
@@ -116,24 +118,35 @@ class QuantSpec(BaseModel):
             raise SpecError(f"{self}: only nf4 and fp4 are defined, with 4 bits")
         if self.kind == "mxint" and self.bits == 1:
             raise SpecError("mxint1: a sign and a magnitude need 2 bits or more")
-        free = {"nuq": ("dual",), "mxint": ()}.get(self.kind, ("scale_bits", "scale_group"))
+        second = ("scale_bits", "scale_group")
+        free = {"nuq": ("dual",), "mxint": (), "mix": ("symmetry", "include_zero", "zero_point", *second)}
+        allowed = free.get(self.kind, second)
         for name in _UNIFORM:
-            if name not in free and getattr(self, name) != getattr(plain, name):
+            if name not in allowed and getattr(self, name) != getattr(plain, name):
                 raise SpecError(f"{self}: {name} has no meaning for {self._head()}")
         if self.kind in ("nf", "fp", "mxint") and self.search != "minmax":
             raise SpecError(f"{self}: {self._head()} takes the largest magnitude of a cell; write minmax")
+        if self.kind == "mix" and self._unfit_for_columns():
+            raise SpecError(f"{self}: columns of different widths are sym, or asym:realzero, and minmax or mse, not ic")
         if self.granularity == "token" or self.dynamic:
             raise SpecError(f"{self}: {self._head()} is a format of weights, with one scale a tensor, channel or group")
         if self.dual and (self.granularity == "tensor" or self.group_along == "outputs"):
             raise SpecError(f"{self}: two classes of columns go with a row or a group of inputs, as in nuq2:g128:dual")
+
+    def _unfit_for_columns(self) -> bool:
+        """A whole zero-point of one width is none of another; a percentile's errors are of one width."""
+        shift = self.symmetry == "unsigned" or (self.symmetry == "asym") != (self.zero_point == "real")
+        return shift or self.search == "percentile" or self.group_along == "outputs"
 
     def _check_second_level(self) -> None:
         if (self.scale_bits is None) != (self.scale_group is None):
             raise SpecError(f"{self}: scales of scales have bits and a group, as in s3.16")
         if self.scale_bits is None:
             return
-        if self.kind not in ("int", "nf", "fp") or self.power_of_two or self.dynamic:
-            raise SpecError(f"{self}: only free scales of stored weights can themselves be quantized (intB, nf4, fp4)")
+        if self.kind not in ("int", "nf", "fp", "mix") or self.power_of_two or self.dynamic:
+            raise SpecError(
+                f"{self}: only free scales of stored weights can themselves be quantized (intB, mixB, nf4, fp4)"
+            )
 
     @classmethod
     def parse(cls, text: str, base: "QuantSpec | None" = None) -> "QuantSpec":
@@ -146,14 +159,14 @@ class QuantSpec(BaseModel):
         matched = _KIND.fullmatch(head)
         if matched is None:
             kinds = [f"int{bits}" for bits in range(1, 9)] + ["log2-4", "logsqrt2-4", "twin4"]
-            near = nearest(head, [*kinds, "nf4", "fp4", "nuq3", "nuq4", "mxint3", "mxint4"])
-            expected = "intB, log2-B, logsqrt2-B, twinB, nf4, fp4, nuqB or mxintB"
+            near = nearest(head, [*kinds, "nf4", "fp4", "nuq3", "nuq4", "mxint3", "mxint4", "mix3"])
+            expected = "intB, log2-B, logsqrt2-B, twinB, nf4, fp4, nuqB, mxintB or mixB"
             raise SpecError(f"format {text!r}: expected {expected}, got {head!r}{near}")
         if not 1 <= int(matched[2]) <= 8:
             raise SpecError(f"format {text!r}: bits must be 1 to 8, got {matched[2]}; try {matched[1]}4")
         fields: dict[str, Any] = base.fields() if base is not None else {}
         fields |= {"kind": matched[1].rstrip("-"), "bits": int(matched[2])}
-        if fields["kind"] in (*CODEBOOKS, "mxint"):
+        if fields["kind"] in _OWN and (base is None or base.kind != "mix" or fields["kind"] != "mix"):
             fields = {name: value for name, value in fields.items() if name not in (*_UNIFORM, "search", "percentiles")}
         for token in tokens:
             fields |= _token(token, text)
@@ -201,7 +214,7 @@ class QuantSpec(BaseModel):
     @property
     def stores_zero_point(self) -> bool:
         """Whether zero-points take space; symmetric and unsigned grids imply theirs."""
-        return self.kind == "int" and self.symmetry == "asym"
+        return self.kind in ("int", "mix") and self.symmetry == "asym"
 
     @property
     def for_activations(self) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 from dither.errors import InputError, nearest
 from dither.methods.adadim import AdaDim
 from dither.methods.awq import AWQ
+from dither.methods.baq import BAQ
 from dither.methods.base import Method
 from dither.methods.billm import BiLLM
 from dither.methods.erq import ERQ
@@ -25,6 +26,7 @@ from dither.methods.zeroq import ZeroQ
 
 __all__ = [
     "AWQ",
+    "BAQ",
     "ERQ",
     "GPTQ",
     "GWQ",
@@ -52,6 +54,7 @@ __all__ = [
 METHODS: dict[str, type[Method]] = {
     "rtn": RTN,
     "gptq": GPTQ,
+    "baq": BAQ,
     "repq": RepQ,
     "erq": ERQ,
     "awq": AWQ,
@@ -76,6 +79,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq-fitted": (
         "gptq",
         {"static_groups": False, "range_by": "output", "weights": "int3:g32:asym:tight:realzero:s4.64"},
+    ),
+    "baq-levels": (
+        "baq",
+        {"steps": "levels", "losses": "law", "act_order": False, "weights": "mix4:channel:asym:realzero"},
     ),
     "erq-v1": ("erq", {"dual": False, "rounding": "halves", "inputs": "fp", "range_by": "weight"}),
     "erq-v2": ("erq", {"dual": True, "rounding": "halves", "inputs": "fp", "range_by": "weight"}),

@@ -20,6 +20,7 @@ from dither.engine.local import Engine, InProcess
 from dither.formats.codebook import Codebook
 from dither.formats.fit import fit_uniform
 from dither.formats.grid import Grid
+from dither.formats.mixed import MixedGrid
 from dither.formats.spec import Kind, QuantSpec
 from dither.methods.base import Method
 from dither.nn.activation import ActivationQuantizer
@@ -120,7 +121,7 @@ class SignRound(Method):
         return fit_uniform(weight, spec, energy)
 
 
-def _uniform(grid: Grid | Codebook) -> Grid:
+def _uniform(grid: Grid | Codebook | MixedGrid) -> Grid:
     if not isinstance(grid, Grid):
         raise TypeError(f"{grid.spec} is no uniform grid")
     return grid

@@ -49,6 +49,7 @@ def describe_weight(layout: Layout) -> dict[str, Any]:
     entry: dict[str, Any] = {"weights": layout.spec.model_dump(mode="json"), "shape": list(layout.shape)}
     entry |= {} if layout.outliers is None else {"outliers": layout.outliers}
     entry |= {} if layout.low_rank is None else {"low_rank": list(layout.low_rank)}
+    entry |= {} if layout.widths is None else {"widths": list(layout.widths)}
     return entry | ({"regrouped": True} if layout.regrouped else {})
 
 
@@ -57,8 +58,9 @@ def read_layout(entry: Mapping[str, Any]) -> Layout:
     rank = entry.get("low_rank")
     shape = (entry["shape"][0], entry["shape"][1])
     low_rank = None if rank is None else (rank[0], rank[1])
-    regrouped = entry.get("regrouped", False)
-    return Layout(QuantSpec(**entry["weights"]), shape, entry.get("outliers"), low_rank, regrouped)
+    regrouped, widths = entry.get("regrouped", False), entry.get("widths")
+    counts = None if widths is None else tuple(widths)
+    return Layout(QuantSpec(**entry["weights"]), shape, entry.get("outliers"), low_rank, regrouped, counts)
 
 
 def _describe_quantizer(quantizer: nn.Module | None) -> dict[str, Any] | None:

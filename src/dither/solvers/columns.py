@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dither.formats.codebook import Codebook
 from dither.formats.grid import Grid
+from dither.formats.mixed import MixedGrid
 from dither.formats.spec import QuantSpec
 from dither.kernels.column_sweep import sweep_uniform_
 from dither.solvers.cholesky import factorize, inverse_upper
@@ -30,7 +31,7 @@ class Rounded:
     """A weight [o, k] whose first columns lie on `grid` (unless kept), and what the solver had to do for it."""
 
     weight: Float[Tensor, "o k"]
-    grid: Grid | Codebook
+    grid: Grid | Codebook | MixedGrid
     notes: dict[str, float]
 
 
@@ -66,7 +67,7 @@ class Ordered:
 def round_by_columns(
     weight: Float[Tensor, "o k"],
     gram: Float[Tensor, "k k"],
-    grid: Grid | Codebook,
+    grid: Grid | Codebook | MixedGrid,
     columns: int,
     damping: float,
     act_order: bool,
@@ -111,7 +112,7 @@ def compensated_by_groups(
     spec: QuantSpec,
     damping: float,
     act_order: bool = True,
-) -> tuple[Float[Tensor, "o i"], Grid | Codebook]:
+) -> tuple[Float[Tensor, "o i"], Grid | Codebook | MixedGrid]:
     """What `round_by_groups` rounds, and the grid that it fits on the way.
 
     Raises:

@@ -11,11 +11,12 @@ from torch import Tensor
 from dither.formats.codebook import Codebook
 from dither.formats.fit import fit_grid
 from dither.formats.grid import Grid, decode, encode, group_size
+from dither.formats.mixed import MixedGrid
 from dither.formats.second_level import SecondLevel
 from dither.formats.spec import QuantSpec
 from dither.solvers.outliers import filled_with_mean
 
-GroupFit = Callable[[Float[Tensor, "o g"], Int[Tensor, " g"]], Grid | Codebook]
+GroupFit = Callable[[Float[Tensor, "o g"], Int[Tensor, " g"]], Grid | Codebook | MixedGrid]
 
 
 @runtime_checkable
@@ -44,11 +45,13 @@ class Uniform(Rounder, Protocol):
         """Scale, zero-point and format of places of the group entered last; None where its grid is not uniform."""
 
 
-def on_grid(grid: Grid | Codebook, weight: Float[Tensor, "o k"], order: Int[Tensor, " n"]) -> Rounder:
+def on_grid(grid: Grid | Codebook | MixedGrid, weight: Float[Tensor, "o k"], order: Int[Tensor, " n"]) -> Rounder:
     """The rounder of a grid that is fitted already, for a sweep over `order` in the weight's dtype."""
+    if isinstance(grid, MixedGrid):
+        return _OnFitted(len(order), grid, order)
     if isinstance(grid, Codebook):
         levels, scale = grid.levels.to(weight), grid.scale.to(weight)
-        return _OnCodebook(len(order), replace(grid, levels=levels, scale=scale), order)
+        return _OnFitted(len(order), replace(grid, levels=levels, scale=scale), order)
     cells = (part.to(weight).expand(weight.shape[0], len(order)).T.contiguous() for part in grid.cells(order))
     return _OnUniform(len(order), grid.spec, *cells)
 
@@ -76,18 +79,18 @@ class _OnUniform:
 
 
 @dataclass(frozen=True)
-class _OnCodebook:
-    """A codebook fitted beforehand."""
+class _OnFitted:
+    """A codebook, or columns of different widths, fitted beforehand."""
 
     size: int
-    grid: Codebook
+    grid: Codebook | MixedGrid
     order: Int[Tensor, " n"]
 
     def enter(self, start: int, current: Float[Tensor, "g o"]) -> None:
         """Nothing depends on the group."""
 
     def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
-        """The nearest level."""
+        """The nearest value."""
         return self.grid.round(column[:, None], self.order[place : place + 1])[:, 0]
 
 
@@ -98,7 +101,7 @@ class OnTheWay:
     order: Int[Tensor, " n"]
     size: int
     fit: GroupFit
-    grids: list[Grid | Codebook]
+    grids: list[Grid | Codebook | MixedGrid]
 
     @classmethod
     def of(cls, spec: QuantSpec, order: Int[Tensor, " n"], fit: GroupFit) -> "OnTheWay":
@@ -115,7 +118,8 @@ class OnTheWay:
 
     def value(self, place: int, column: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
         """Nearest on the group's grid."""
-        return self.grids[-1].round(column[:, None], slice(0, 1))[:, 0]
+        within = place % self.size
+        return self.grids[-1].round(column[:, None], slice(within, within + 1))[:, 0]
 
     def cells(self, start: int, stop: int) -> Cells | None:
         """The one of each row, for all places."""
@@ -125,13 +129,18 @@ class OnTheWay:
         scale, zero_point = (part.T.expand(stop - start, -1) for part in grid.cells(slice(0, 1)))
         return scale, zero_point, grid.spec
 
-    def grid(self, spec: QuantSpec) -> Grid | Codebook:
+    def grid(self, spec: QuantSpec) -> Grid | Codebook | MixedGrid:
         """All groups as one grid of the whole matrix."""
+        mixed = [grid for grid in self.grids if isinstance(grid, MixedGrid)]
+        grids = [grid.base if isinstance(grid, MixedGrid) else grid for grid in self.grids]
         if _along_outputs(spec):
-            return side_by_side([self.grids[place] for place in torch.argsort(self.order).tolist()], spec, None)
+            return side_by_side([grids[place] for place in torch.argsort(self.order).tolist()], spec, None)
         column_of = torch.empty_like(self.order)
         column_of[self.order] = torch.arange(len(self.order), device=column_of.device) // self.size
-        return side_by_side(self.grids, spec, column_of if spec.granularity == "group" else None)
+        whole = side_by_side(grids, spec, column_of if spec.granularity == "group" else None)
+        if not mixed or not isinstance(whole, Grid):
+            return whole
+        return MixedGrid(whole, torch.cat([grid.top for grid in mixed])[torch.argsort(self.order)])
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from dither.formats.codebook import Codebook
 from dither.formats.fit import fit_grid
 from dither.formats.grid import Grid
+from dither.formats.mixed import MixedGrid
 from dither.formats.qtensor import QTensor, quantize
 from dither.formats.sparse import Sparse
 from dither.formats.spec import QuantSpec
@@ -106,7 +107,9 @@ class _Fit:
         return fit_group(group, self.spec)
 
 
-def with_outliers(weight: Float[Tensor, "o i"], grid: Grid | Codebook, mask: Bool[Tensor, "o i"]) -> QTensor:
+def with_outliers(
+    weight: Float[Tensor, "o i"], grid: Grid | Codebook | MixedGrid, mask: Bool[Tensor, "o i"]
+) -> QTensor:
     """A weight that lies on the grid except for the masked entries, which are stored beside it."""
     dense = quantize(weight, grid)
     return QTensor(dense.codes, grid, Sparse.of(weight - dense.dequantize(), mask))
