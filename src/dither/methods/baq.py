@@ -62,8 +62,8 @@ class BAQ(Method):
     weights: MixedSpec = Field(default="int4", description="what layers are stored as; its bits are a mean")  # type: ignore[assignment]
     overrides: dict[str, MixedSpec] = Field(default={}, description="other weight formats by name or pattern")
     inputs: Inputs = Field(default="quantized", description="the paper measures behind the quantized prefix")
-    average: Annotated[float, Field(ge=0, le=8)] | None = Field(
-        default=None, description="mean bits of a column, such as 2.5; those of the format where it is none"
+    average: Annotated[float, Field(ge=0, le=8)] | Literal["format"] = Field(
+        default="format", description="mean bits of a column, such as 2.5, or those of the format"
     )
     scope: Literal["matrix", "block"] = Field(default="matrix", description="what meets the average")
     per: Literal["column", "group"] = Field(default="column", description="what has one width")
@@ -100,7 +100,7 @@ class BAQ(Method):
     def rate(self, layer: str) -> float:
         """The mean bits of a layer's columns: `average`, but those of its format where an override names it."""
         spec = self.weight_spec(layer)
-        return float(spec.bits) if self.average is None or spec != self.weights else self.average
+        return float(spec.bits) if self.average == "format" or spec != self.weights else self.average
 
     def shared(self, tasks: list[LayerTask]) -> dict[str, float]:
         """Each matrix's mean bits at which all columns of all matrices lose the same for each bit of storage.
