@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dither.formats.codebook import Codebook
 from dither.formats.grid import Grid
+from dither.formats.mixed import MixedGrid
 from dither.formats.qtensor import QTensor, quantize
 from dither.solvers.columns import round_by_columns
 
@@ -16,7 +17,7 @@ Rounding = Literal["nearest", "columns"]
 def round_weight(
     weight: Float[Tensor, "o i"],
     gram: Float[Tensor, "i i"] | None,
-    grid: Grid | Codebook,
+    grid: Grid | Codebook | MixedGrid,
     rounding: Rounding,
     damping: float,
     act_order: bool = True,
