@@ -1,16 +1,18 @@
 """compare: several methods on one model, several calibration draws each, one table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from dither.data import DataSet, open_data
+from dither.data import DataSet, TextSet, open_data
+from dither.data.split import split_text
 from dither.distilled import DISTILLED
 from dither.errors import DitherError, InputError
-from dither.evaluation.exam import BATCH, open_exam, refuse_overlap
+from dither.evaluation.exam import BATCH, PictureExam, TextExam, open_exam, refuse_overlap
 from dither.methods.base import Method
 from dither.models.network import Network, open_network
 from dither.pipeline import quantize
@@ -24,7 +26,7 @@ _QUANTIZING = 0.8  # measured: the part of a run that is not evaluation, for a s
 def compare(
     model: str | Path | nn.Module,
     methods: Sequence[str | Method],
-    calibration: str | Path | DataSet,
+    calibration: str | Path | DataSet | None,
     data: str | Path | DataSet,
     *,
     weights: Sequence[str] = (),
@@ -44,27 +46,95 @@ def compare(
 
     A method is a name, a text such as `gptq+reparameterize=true`, or a configured Method, for which `weights` and
     `activations` are not applied. A run that fails is reported as a failure; the others go on. `finished` gets the
-    label, seed and result of every run that did not fail.
+    label, seed and result of every run that did not fail. Without `calibration` a text is cut: its first four fifths
+    calibrate, its end judges.
 
     Raises:
         InputError: calibration and evaluation data overlap, or a method or format is unknown.
     """
     jobs = _jobs(methods, weights, activations)
+    bench = open_bench(model, calibration, data, evaluate_count, batch_size, device)
+    return run_jobs(
+        bench, jobs, range(seed, seed + seeds), count=count, length=length, workers=workers, progress=progress,
+        finished=finished,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A full-precision network, what it is calibrated on, and its own answers to what it is judged by."""
+
+    network: Network
+    source: DataSet | str
+    exam: PictureExam | TextExam
+
+
+@runtime_checkable
+class Known(Protocol):
+    """Runs that were made before, by label and seed, and where new ones are written at once."""
+
+    def find(self, label: str, seed: int) -> dict[str, Any] | None:
+        """A run's row, if it is known."""
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Keep a row."""
+
+
+def open_bench(
+    model: str | Path | nn.Module,
+    calibration: str | Path | DataSet | None,
+    data: str | Path | DataSet,
+    evaluate_count: int | None,
+    batch_size: int,
+    device: str | torch.device | None,
+) -> Bench:
+    """Read network and data, and let the network answer.
+
+    Raises:
+        InputError: calibration and evaluation data overlap, or pictures without calibration data.
+    """
     network = open_network(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    questions = _open(data)
-    source = DISTILLED if calibration == DISTILLED else _open(calibration)
+    source, questions = _parts(calibration, _open(data))
     if not isinstance(source, str):
         refuse_overlap(source, questions)
-    exam = open_exam(network, questions, evaluate_count, 0, batch_size).answered_by(network)
+    return Bench(network, source, open_exam(network, questions, evaluate_count, 0, batch_size).answered_by(network))
+
+
+def _parts(calibration: str | Path | DataSet | None, data: DataSet) -> tuple[DataSet | str, DataSet]:
+    """What calibrates and what judges."""
+    if calibration is None:
+        if not isinstance(data, TextSet):
+            raise InputError("pictures are not cut in two: give calibration data (--calibration) that do not judge")
+        return split_text(data)
+    return (DISTILLED if calibration == DISTILLED else _open(calibration)), data
+
+
+def run_jobs(
+    bench: Bench,
+    jobs: Sequence[tuple[str, Method]],
+    draws: range,
+    *,
+    count: int | None = None,
+    length: int | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+    finished: Callable[[str, int, Result], None] | None = None,
+    known: Known | None = None,
+) -> Report:
+    """Every labelled method with every draw, judged, as a report of kind `compare`; `known` runs are not repeated."""
+    network, exam = bench.network, bench.exam
     runs: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
-    total = len(jobs) * seeds
-    draws = range(seed, seed + seeds)
+    total = len(jobs) * len(draws)
     for done, (draw, (label, method)) in enumerate((draw, job) for draw in draws for job in jobs):
+        if known is not None and (row := known.find(label, draw)) is not None:
+            runs.append(row)
+            facts = facts or {**row["provenance"], "seed": _span(draws)}
+            continue
         within = _within(progress, f"{label} seed {draw}", done, total)
         try:
-            drawn = source if method.without_data() is None else None  # without data means without data here too
+            drawn = bench.source if method.without_data() is None else None  # without data means without data here too
             result = quantize(
                 network.model, method, drawn, count=count, seed=draw, length=length, workers=workers, progress=within
             )
@@ -74,6 +144,8 @@ def compare(
             continue
         facts = facts or {**result.report.data["provenance"], "seed": _span(draws)}
         runs.append(_run(label, method, draw, result.report.data, found.to_json()))
+        if known is not None:
+            known.add(runs[-1] | {"provenance": result.report.data["provenance"]})
         if finished is not None:
             finished(label, draw, result)
     if progress is not None:

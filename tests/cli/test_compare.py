@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Run, error_line
+from tests.export.conftest import save_language_model
 
 
 def test_every_method_format_and_seed_is_a_run(
@@ -74,3 +75,34 @@ def test_unknown_or_no_methods_are_refused_before_the_work(
 ) -> None:
     done = run("compare", tiny_model, "--methods", methods, "--calibration", calibration, "--data", pictures)
     assert ("did you mean 'gptq'" in error_line(done)) == bool(methods)
+
+
+def test_ranks_of_weights_alone_beside_activations_too_carry_a_warning(
+    run: Run, tiny_model: Path, calibration: Path, pictures: Path
+) -> None:
+    data = ("--calibration", calibration, "--data", pictures)
+    done = run("compare", tiny_model, "--methods", "rtn,repq", *data, "-o", "mixed")
+    assert "rtn quantize weights alone, repq activations too" in " ".join(done.err.split() + done.out.split())
+    assert "rtn quantize weights alone, repq activations too" in Path("mixed/report.html").read_text()
+    done = run("compare", tiny_model, "--methods", "rtn,repq", "--activations", "int4", *data, "-o", "alike")
+    assert "weights alone" not in done.err + done.out
+    assert "weights alone" not in Path("alike/report.html").read_text()
+
+
+def test_a_text_alone_is_cut_in_two_and_a_method_without_the_format_is_named(run: Run, tmp_path: Path) -> None:
+    llama = save_language_model(tmp_path / "llama")
+    lines = [" ".join(("the cat", "an inn", "a dog")[(i * i + j) % 3] for j in range(4)) for i in range(80)]
+    Path("text.txt").write_text("\n".join(lines))
+    methods = "rtn,hqq,squeezellm,squeezellm+weights=nuq3"
+    done = run(
+        "compare", llama, "--methods", methods, "--weights", "int3:g16", "--evaluate", "text.txt", "--samples", 2,
+        "--length", 8, "--count", 1, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert [row["label"] for row in done.data["runs"]] == ["rtn", "hqq", "squeezellm+weights=nuq3"]
+    assert [one["method"] for one in done.data["failures"]] == ["squeezellm"]
+    assert "try nuq3" in done.data["failures"][0]["error"]
+
+
+def test_pictures_are_not_cut_in_two(run: Run, tiny_model: Path, pictures: Path) -> None:
+    assert "--calibration" in error_line(run("compare", tiny_model, "--methods", "rtn", "--data", pictures))

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from dither.cli.options import (
-    Calibration,
     Count,
     Debug,
     Device,
@@ -26,15 +25,29 @@ NUMBERS = ("Bits", "Size", "Top-1", "Perplexity", "Agreement", "KL", "SQNR dB", 
 LESS = ("Seeds", "Time", "KL", "Bits", "Size", "SQNR dB")  # what a narrow terminal goes without, in this order
 FILES = ("report.html", "report.json")
 
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH", help="What to calibrate on (default: the first four fifths of --data, if that is text).",
+        show_default=False,
+    ),
+]  # fmt: skip
 Data = Annotated[
     str,
     typer.Option(
-        metavar="PATH", help="Pictures or text to evaluate on, none of it in --calibration.", show_default=False
+        "--data",
+        "--evaluate",
+        metavar="PATH",
+        help="Pictures or text to evaluate on, none of it in --calibration.",
+        show_default=False,
     ),
 ]
 Methods = Annotated[
     str,
-    typer.Option(metavar="NAME,…", help="Methods; fields follow with +, as in gptq+reparameterize=true."),
+    typer.Option(
+        metavar="NAME,…",
+        help="Methods; fields follow with +, as in gptq+reparameterize=true or squeezellm+weights=nuq3.",
+    ),
 ]
 Formats = Annotated[
     str, typer.Option(metavar="FORMAT,…", help="Formats, each tried with each of the others.", show_default=False)
@@ -48,8 +61,8 @@ Output = Annotated[
 
 def compare(
     model: Model,
-    calibration: Calibration,
     data: Data,
+    calibration: Calibration = None,
     methods: Methods = "rtn,gptq,repq,erq",
     weights: Formats = "",
     activations: Formats = "",
@@ -72,6 +85,8 @@ def compare(
     Examples:
 
         dither compare vit/ --calibration train/ --data test/ --weights int4,int3 --activations int4
+
+        dither compare llama/ --methods rtn,gptq,awq,squeezellm+weights=nuq3 --weights int3:g64 --data text.txt
 
         dither compare vit/ --methods gptq,erq --seeds 5 --calibration train/ --data test/ -o report/
     """
@@ -119,6 +134,7 @@ def show_comparison(terminal: Terminal, data: dict[str, Any], extra: dict[str, A
         DitherError: every run failed.
     """
     from dither.errors import DitherError
+    from dither.report.data import mixed_activations
     from dither.report.table import compare_rows, count, fixed, percent, size
 
     failures = data["failures"]
@@ -132,7 +148,7 @@ def show_comparison(terminal: Terminal, data: dict[str, Any], extra: dict[str, A
     top1 = "" if reference["top1"] is None else f"top-1 {percent(reference['top1'])}, "
     words = "" if reference.get("perplexity") is None else f"perplexity {fixed(reference['perplexity'])}, "
     terminal.line(f"full precision: {top1}{words}{size(reference['size_bytes'])}")
-    if len({run["activations"] for run in data["runs"] if run["weights"] == data["runs"][0]["weights"]}) > 1:
-        terminal.note("the rows differ in what they do to activations: read each format apart, or give --activations")
+    if warning := mixed_activations(data):
+        terminal.note(warning)
     for failure in failures:
         terminal.line(f"failed: {failure['method']} seed {failure['seed']}: {failure['error']}")

@@ -1,12 +1,12 @@
-"""`dither study generation`: what quantization does to the texts that a model writes."""
+"""`dither study`: what quantization does to the texts that a model writes, and weights against activations."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dither.cli.compare import prepare
-from dither.cli.options import Debug, Device, Json, Quiet, chosen_device, listed
+from dither.cli.compare import Calibration, Data, prepare
+from dither.cli.options import Count, Debug, Device, Json, Length, Quiet, Samples, Seed, chosen_device, listed
 from dither.cli.terminal import Terminal
 
 app = typer.Typer(no_args_is_help=True, help="Studies of what quantization does.", rich_markup_mode="markdown")
@@ -85,6 +85,66 @@ def generation(
             for name in ("report.html", "report.json"):
                 report.save(Path(output) / name)
         _show(terminal, report.data, output)
+
+
+@app.command()
+def grid(
+    model: Folder,
+    data: Data,
+    calibration: Calibration = None,
+    methods: Annotated[str, typer.Option(metavar="NAME,…", help="Methods (default: rtn,gptq).")] = "",
+    weights: Annotated[str, typer.Option(metavar="FORMAT,…", help="Formats of weights.", show_default=False)] = "",
+    activations: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT,…", help="Formats of inputs of linear layers; none keeps them.", show_default=False
+        ),
+    ] = "",
+    samples: Samples = None,
+    length: Length = None,
+    count: Count = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the rows that are in --output.")] = False,
+    output: Output = None,
+    json: Json = False,
+    device: Device = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize weights, activations and both, by several methods and formats, and show which loses what.
+
+    Examples:
+
+        dither study grid llama/ --data text.txt -o grid/
+
+        dither study grid llama/ --data test.txt --weights int8,int4:g64 --activations none,int8:token
+    """
+    with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
+        from dither import grid_study
+        from dither.report.grid import grid_markdown, grid_rows
+        from dither.storage import write_text
+
+        if output is not None:
+            prepare(Path(output))
+        with terminal.progress("studying") as progress:
+            report = grid_study.study_grid(
+                model, listed(methods) or grid_study.METHODS, calibration, data,
+                weights=listed(weights) or grid_study.WEIGHTS,
+                activations=listed(activations) or grid_study.ACTIVATIONS,
+                seed=seed, count=samples, evaluate_count=count, length=length, device=chosen_device(device),
+                output=output, resume=resume, progress=progress,
+            )  # fmt: skip
+        if output is not None:
+            for name in ("report.html", "report.json"):
+                report.save(Path(output) / name)
+            write_text(grid_markdown(report.data), Path(output) / "report.md")
+        terminal.show(report.data)
+        rows = grid_rows(report.data)
+        terminal.table(rows, report.data["model"]["name"], tuple(rows[0])[2:] if rows else ())
+        for failure in report.data["failures"]:
+            terminal.line(f"failed: {failure['method']}: {failure['error']}")
+        if output is not None:
+            terminal.line(f"report: {Path(output) / 'report.html'}")
 
 
 def _show(terminal: Terminal, data: dict[str, Any], output: str | None) -> None:

@@ -151,6 +151,23 @@ def _bits(spec: str) -> str:
     return (found.group(1) or found.group(2)) if found else head
 
 
+def mixed_activations(data: Mapping[str, Any]) -> str:
+    """A warning where some methods keep activations that others quantize, so that ranks say little; else empty."""
+    kinds: dict[str, set[str]] = {}
+    for run in items(data, "runs"):
+        kinds.setdefault(str(run.get("label") or run.get("method") or ""), set()).add(_text(run.get("activations")))
+    if len({frozenset(found) for found in kinds.values()}) < 2:
+        return ""
+    kept = [label for label, found in kinds.items() if found == {"none"}]
+    others = [label for label in kinds if label not in kept]
+    if not kept:
+        return "The methods quantize activations in different formats: compare within a format only."
+    return (
+        f"{', '.join(kept)} quantize weights alone, {', '.join(others)} activations too: compare within a format only, "
+        "or give all the same activations."
+    )
+
+
 def spread(values: Iterable[object]) -> Spread | None:
     """Mean and sample standard deviation of the finite numbers among `values`; None when there are none."""
     known = [value for value in map(number, values) if value is not None]

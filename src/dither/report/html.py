@@ -13,7 +13,16 @@ from markupsafe import Markup
 from dither.errors import StorageError
 from dither.report import convnets, plots, table
 from dither.report.comparison import layer_lines_plot, methods_plot, tradeoff_plot
-from dither.report.data import MethodSummary, best_cells, check_report, items, method_summaries, number, section
+from dither.report.data import (
+    MethodSummary,
+    best_cells,
+    check_report,
+    items,
+    method_summaries,
+    mixed_activations,
+    number,
+    section,
+)
 
 NUMERIC = frozenset(
     "Shape,Bits,Size,Output error,Time,Parameters,Modules,Top-1,Perplexity,Agreement,KL,SQNR dB,Seeds,Seed".split(",")
@@ -168,6 +177,7 @@ def _compare(data: Mapping[str, Any]) -> dict[str, Any]:
         ("Error per layer", table.MEANING["Output error"].capitalize() + "; mean over seeds.", layer_lines_plot),
     ]
     return {
+        "warning": mixed_activations(data),
         "comparison": _compare_table(rows, set(table.compare_rows(data)[0]) if rows else set()),
         "starts": {i for i in range(1, len(rows)) if rows[i].setting != rows[i - 1].setting},
         "plots": _plots(data, drawn),
