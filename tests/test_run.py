@@ -156,7 +156,7 @@ def test_the_plan_of_a_streamed_run_needs_less_memory_and_states_what_the_run_ex
 def test_a_model_too_large_for_memory_is_streamed_by_itself_and_one_that_cannot_be_says_so(
     llama: Path, batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(pipeline, "exceeds_memory", lambda folder, device: True)
+    monkeypatch.setattr(pipeline, "exceeds_memory", lambda *_: True)
     assert dither.quantize(llama, "rtn", batches, output=tmp_path / "out").network.weights is not None
     assert dither.quantize(llama, "rtn", batches).network.weights is None  # there is nowhere to put finished units
     assert pipeline.plan(llama, "rtn", batches)["streamed"]

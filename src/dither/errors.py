@@ -9,6 +9,7 @@ DitherError
 ├── ResumeError (RuntimeError)         unfinished work belongs to another model, data or recipe
 ├── NonFiniteError (ArithmeticError)   NaN or Inf in weights or activations
 ├── NumericalError (ArithmeticError)   a solve failed
+├── WorkerError (RuntimeError)         processes of an engine were lost too often
 └── DependencyError (ImportError)      an optional package is not installed
 """
 
@@ -50,6 +51,10 @@ class NonFiniteError(DitherError, ArithmeticError):
 
 class NumericalError(DitherError, ArithmeticError):
     """A factorization failed at every step of its recorded ladder."""
+
+
+class WorkerError(DitherError, RuntimeError):
+    """A task was lost with its worker more often than it is repeated."""
 
 
 class DependencyError(DitherError, ImportError):

@@ -55,7 +55,7 @@ def _unless_changed(block: Block, names: tuple[str, ...], fold: Callable[[nn.Mod
     undo = [_restore(network.get_submodule(block.local(name))) for network in networks for name in names]
     for network in networks:
         fold(network)
-    if same_output(before, block.once()):
+    if block.team.agree(lambda: same_output(before, block.once())):
         return True
     for step in undo:
         step()

@@ -16,7 +16,10 @@ from dither.allocations import allocated, kept_promise, read_allocation
 from dither.data import DataSet, open_data
 from dither.data.calibration import LENGTH, prepare_calibration
 from dither.distilled import DISTILLED, calibration_without_data
-from dither.engine.local import ProcessPool, engine
+from dither.engine.local import Engine
+from dither.engine.opened import opened, team_of
+from dither.engine.ranks import Ranks
+from dither.engine.team import ALONE, Team
 from dither.errors import InputError
 from dither.evaluation.exam import Exam, open_exam, refuse_overlap
 from dither.methods.base import Method
@@ -47,7 +50,9 @@ def quantize(
     length: int | None = None,
     batch_size: int = 32,
     device: str | torch.device | None = None,
+    engine: Engine | str = "auto",
     workers: int = 1,
+    ray_address: str | None = None,
     stream: bool | None = None,
     spill_budget: int = SPILL_BUDGET,
     evaluation: str | Path | DataSet | None = None,
@@ -66,36 +71,57 @@ def quantize(
     how they differ. `runtime` names where the result is to run: what would not run there is refused before the work
     begins. `stream` reads a folder block by block, for models larger than memory; None does it where the
     whole would take more than half of the memory. `allocation`, or the file of one, gives each layer its format; the
-    report says whether the promised bits were kept.
+    report says whether the promised bits were kept. `engine` is where the work runs: `auto`, `local`, `torchrun`,
+    `ray`, or an engine of your own; see `dither.engine.opened`.
     """
     started = perf_counter()
-    if output is not None:
-        check_output(Path(output), resume)
-    elif stream:
+    if output is None and stream:
         raise InputError("a model that is read block by block needs an output, which its finished units are written to")
-    stream = False if output is None else stream
     method, bits = _with_bits(method, allocation)
-    run, seen = begin(model, method, calibration, count, seed, batch_size, device, length, stream, progress)
-    network = run.network
-    if runtime is not None:
-        refuse(findings(network, run.anatomy, run.method, runtime), runtime)
-    facts = provenance(run.sha256, run.data, seed, network.device)
-    exam = None if evaluation is None else _prepare(network, evaluation, evaluate_count, seen, progress)
-    if output is not None:
-        run.unfinished = Unfinished(Path(output), _fingerprint(facts, run.recipe), resume)
-    with single_purpose(), _pool(workers) as pool:
-        run.walk(pool, spill_budget)
-    report = run.report(facts, perf_counter() - started)
+    place, stream = None if output is None else Path(output), False if output is None else stream
+    with opened(engine, workers, device, ray_address) as pool:
+        team, device = team_of(pool), pool.device if isinstance(pool, Ranks) else device
+        if place is not None:
+            team.agree(lambda: check_output(place, resume))
+        run, seen = begin(model, method, calibration, count, seed, batch_size, device, length, stream, progress, team)
+        if runtime is not None:
+            refuse(findings(run.network, run.anatomy, run.method, runtime), runtime)
+        facts = provenance(run.sha256, run.data, seed, run.network.device)
+        exam: list[Exam] = []  # rank 0's alone
+        if evaluation is not None:
+            team.agree(lambda: exam.append(_prepare(run.network, evaluation, evaluate_count, seen, progress)))
+        if place is not None:
+            run.unfinished = _unfinished(place, _fingerprint(facts, run.recipe), resume, team)
+        with single_purpose():
+            run.walk(pool, spill_budget)
+        result = _result(run, facts, perf_counter() - started, bits)
+        if place is not None:
+            _save(result, place, run.unfinished, team)
+        if evaluation is not None:
+            team.agree(lambda: result.evaluate(exam[0], place, _counting(progress, "quantized", exam[0])))
+    return result
+
+
+def _result(run: Run, facts: dict[str, Any], time_s: float, bits: Allocation | None) -> Result:
+    report = run.report(facts, time_s)
     if bits is not None:
         report["allocation"] = kept_promise(bits, report["layers"], facts["model_sha256"])
-    result = Result(network, run.recipe, Report(report))
-    if run.unfinished is not None and output is not None:
-        result._write(Path(output))
-        network.saved(Path(output))
-        run.unfinished.remove()
-    if exam is not None:
-        result.evaluate(exam, None if output is None else Path(output), _counting(progress, "quantized", exam))
-    return result
+    return Result(run.network, run.recipe, Report(report))
+
+
+def _save(result: Result, place: Path, unfinished: Unfinished | None, team: Team) -> None:
+    """Rank 0 writes; then all have their tensors from there, and what was unfinished goes."""
+    team.agree(lambda: result._write(place))
+    result.network.saved(place)
+    if unfinished is not None:
+        team.agree(unfinished.remove)
+
+
+def _unfinished(place: Path, fingerprint: dict[str, Any], resume: bool, team: Team) -> Unfinished:
+    """Rank 0 makes the folder, the others find it there."""
+    own: list[Unfinished] = []
+    team.agree(lambda: own.append(Unfinished(place, fingerprint, resume)))
+    return own[0] if own else Unfinished(place, fingerprint, resume=True)
 
 
 def _prepare(
@@ -164,6 +190,7 @@ def begin(
     length: int | None,
     stream: bool | None,
     progress: Progress | None = None,
+    team: Team = ALONE,
 ) -> tuple[Run, Any]:
     """The run before its first unit, and the calibration data as a set where they are one."""
     method = parse_method(method, {}) if isinstance(method, str) else method
@@ -172,18 +199,18 @@ def begin(
         raise InputError(f"{method.name} needs calibration data: a folder of pictures, a text file, tensors, …")
     made = calibration is None or (isinstance(calibration, str) and calibration == DISTILLED)
     source = open_data(calibration) if isinstance(calibration, str | Path) and not made else calibration
-    network = _open(model, device, stream)
+    network = _open(model, device, stream, team)
     if made:
         settings = own or Distillation()
         pictures, facts = calibration_without_data(network, settings, count, seed, batch_size, progress)
-        run = Run(network, method, pictures, progress)
+        run = Run(network, method, pictures, progress, team)
         run.facts |= {"distilled": facts} if facts else {}
         return run, None
     data = prepare_calibration(
         source, network.processor, network.channels, count, seed, batch_size, network.device, network.tokenizer,
         min(LENGTH, network.context) if length is None else length,
     )  # fmt: skip
-    return Run(network, method, data, progress), source
+    return Run(network, method, data, progress, team), source
 
 
 def load(
@@ -207,7 +234,7 @@ def save(result: Result, folder: str | Path) -> None:
     result.save(folder)
 
 
-def _open(model: str | Path | nn.Module, device: str | torch.device | None, stream: bool | None) -> Network:
+def _open(model: str | Path | nn.Module, device: str | torch.device | None, stream: bool | None, team: Team) -> Network:
     """The network to quantize: a module's copy, or a folder's model, whole or block by block."""
     if isinstance(model, nn.Module):
         if stream:
@@ -216,7 +243,7 @@ def _open(model: str | Path | nn.Module, device: str | torch.device | None, stre
         network.model = copy.deepcopy(model).eval().to(device)
         return network
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if stream or (stream is None and exceeds_memory(Path(model), place)):
+    if stream or (stream is None and team.agree(lambda: exceeds_memory(Path(model), place, team.size))):
         try:
             return open_network(model, place, stream=True)
         except InputError as error:
@@ -246,13 +273,3 @@ def single_purpose():  # type: ignore[no-untyped-def]
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-@contextmanager
-def _pool(workers: int):  # type: ignore[no-untyped-def]
-    pool = engine(workers)
-    if isinstance(pool, ProcessPool):
-        with pool:
-            yield pool
-    else:
-        yield pool

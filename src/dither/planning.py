@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dither.calibrate import COLUMN_S
 from dither.errors import ShapeError, SpecError
 from dither.formats.layout import Layout
 from dither.formats.spec import QuantSpec
@@ -20,7 +21,6 @@ from dither.models.network import Network
 
 SPILL_BUDGET = 2**30  # bytes of activations that stay in memory, unless the caller says otherwise
 _PASSES = 20  # measured on ViTs: links, ranges, searches, Grams and errors cost this many forward passes
-_COLUMN_S = 4e-4  # measured: what a column costs a solver that goes column by column, apart from arithmetic
 _COPIES = 8  # measured: what a block's inputs take while ranges are searched and Grams summed in float64
 
 
@@ -185,4 +185,4 @@ def _solve_seconds(rows: list[dict[str, Any]]) -> float:
     rate = 4 * 2 * 512**3 / max(perf_counter() - start, 1e-6)
     work = sum(row["shape"][1] ** 3 + 2 * row["shape"][0] * row["shape"][1] ** 2 for row in rows if row["gram"])
     columns = sum(row["shape"][1] for row in rows if row["gram"])
-    return float(3 * work / rate + _COLUMN_S * columns)
+    return float(3 * work / rate + COLUMN_S * columns)

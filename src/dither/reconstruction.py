@@ -34,9 +34,11 @@ class BlockLoss:
         """Checks that the block's outputs go with its inputs sample by sample.
 
         Raises:
-            InputError: they do not, or the walk was started for other inputs.
+            InputError: they do not, the walk was started for other inputs, or other ranks have some of the samples.
         """
         block.check(inputs)
+        if block.team.size > 1:
+            raise InputError("it draws samples from all batches, which ranks share; run it in one process")
         self.block, self.inputs, self.quantizers, self.weigh = block, inputs, quantizers, weigh
         self.stream = block.streams["fp" if inputs == "fp" else "quantized"]
         samples = sorted({0, self.samples - 1})

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from dither.data.calibration import Calibration, one_sample
-from dither.engine.local import InProcess, ProcessPool
+from dither.engine.local import Engine
+from dither.engine.team import ALONE, Team
 from dither.errors import InputError
 from dither.methods.base import Method
 from dither.models.anatomy import Anatomy, Unit, read_anatomy
@@ -29,14 +30,31 @@ from dither.walk import Block, LayerRecord, walk
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # (what, units or pictures done, in all)
+NOT_SHARED = (
+    "it needs samples of all calibration batches at hand, but ranks share them; "
+    "run it in one process, with --workers or --engine ray"
+)
 
 
 class Run:
     """One quantization of a network with a method on calibration data."""
 
-    def __init__(self, network: Network, method: Method, data: Calibration, progress: Progress | None = None) -> None:
-        """Run the network once, to find out what it is made of, and prepare it as the method wants."""
-        self.network, self.recipe, self.method, self.data = network, method, method, data
+    def __init__(
+        self,
+        network: Network,
+        method: Method,
+        data: Calibration,
+        progress: Progress | None = None,
+        team: Team = ALONE,
+    ) -> None:
+        """Run the network once, to find out what it is made of, and prepare it as the method wants.
+
+        `team` are the ranks that share the batches of the walk.
+
+        Raises:
+            InputError: the method cannot be used on this network, or not by several ranks.
+        """
+        self.network, self.recipe, self.method, self.data, self.team = network, method, method, data, team
         self.unfinished: Unfinished | None = None
         self.progress = progress
         self.facts: dict[str, Any] = {}  # for the report, by their names there
@@ -49,7 +67,9 @@ class Run:
         unfuse(network.model)
         if method.backward and network.weights is not None:
             raise InputError(f"{method.name}: {NOT_RESIDENT}")
-        self.sha256 = model_sha256(network.tensors())  # of the model as it was given; refuses NaN
+        if team.size > 1 and not method.shards:
+            raise InputError(f"{method.name}: {NOT_SHARED}")
+        self.sha256 = team.agree(lambda: model_sha256(network.tensors()))  # of the model as it was given; refuses NaN
         if method.fold_norms:
             self.remarks |= self._fold()
         sample, samples = one_sample(data.batches[0])
@@ -61,7 +81,8 @@ class Run:
     def _prepare(self) -> None:
         subject = Subject(self.network.model, self.anatomy, self.network.run, self.data.batches, self.progress)
         with torch.no_grad():
-            found = self.method.prepare(subject)
+            prepared = self.method.prepare(subject)  # on every rank alike, with all batches
+        found = self.team.agree(lambda: prepared)
         self.remarks |= found.remarks
         self.facts |= found.facts
         if found.formats:
@@ -94,13 +115,13 @@ class Run:
         batches = len(self.data.batches)
         return memory(self.network, self.anatomy, self.sizes, batches, spill_budget)
 
-    def walk(self, pool: InProcess | ProcessPool, spill_budget: int) -> None:
+    def walk(self, pool: Engine, spill_budget: int) -> None:
         """Quantize unit by unit."""
         self.expected = self.memory(spill_budget)
         known = self.method.sensitivities(self.anatomy.layers, self._gradients(self.progress))
         blocks = walk(
             self.network.model, self.anatomy, self.network.run, self.data.batches, self.method.inputs, spill_budget,
-            self._restore, self._finish, self.network.load, self._gradients(), known,
+            self._restore, self._finish, self.network.load, self._gradients(), known, self.team,
         )  # fmt: skip
         with self.network.by_hand([unit.name for unit in self.anatomy.units]):
             try:
@@ -122,7 +143,7 @@ class Run:
 
     def _finish(self, block: Block) -> None:
         if self.unfinished is not None:
-            self.unfinished.write(block)
+            self.team.agree(partial(self.unfinished.write, block))  # rank 0 alone writes; the others read behind it
             self.network.stored(block.unit.name, self.unfinished.tensors(block.unit))
         for record in block.records:
             logger.info("%s: output error %s in %.2f s", record.name, record.output_error, record.time_s)

@@ -4,16 +4,16 @@
 the next block, the finished one is handed to `on_done` (which writes it) and the passes move on.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dither.engine.team import ALONE, S, Team
 from dither.errors import InputError, NonFiniteError
 from dither.formats.qtensor import QTensor
 from dither.models.anatomy import Anatomy, Unit
@@ -27,25 +27,13 @@ from dither.nn.attention import AttentionOperands, operands_seen, quantize_atten
 from dither.nn.experts import everyone_called
 from dither.nn.linear import cache_weights
 from dither.statistics.sensitivity import Sensitivity
+from dither.statistics.total import Total
 
 Inputs = Literal["fp", "quantized", "both"]
 _STREAMS: dict[Inputs, tuple[str, ...]] = {
     "fp": ("fp",), "quantized": ("quantized",), "both": ("fp", "quantized")
 }  # fmt: skip
 
-T = TypeVar("T")
-
-
-@runtime_checkable
-class Mergeable(Protocol):
-    """What `Block.observe` accumulates."""
-
-    def merge(self: T, other: T) -> T:
-        """A new statistic over both."""
-        ...
-
-
-S = TypeVar("S", bound=Mergeable)
 Measure = Callable[[Tensor, Tensor], S]  # (input that the quantized layer sees, full-precision input) → statistic
 
 
@@ -85,6 +73,7 @@ class Block:
     remarks: dict[str, str] = field(default_factory=dict)  # module name → what was done to it, or why not
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # layer → extremes of its input
     originals: list[Any] | None = None  # the full-precision outputs of all batches, parked
+    team: Team = ALONE  # who has the other batches
 
     def layer(self, name: str) -> Layer:
         """The full-precision layer of a full name."""
@@ -126,18 +115,17 @@ class Block:
         return results
 
     def _observe(self, measures: Mapping[str, Measure[S]], inputs: Inputs) -> dict[str, S]:
-        results: dict[str, S] = {}
-        for seen, original in self._passes(list(measures), inputs):
+        def parts(seen: dict[str, list[Tensor]], original: dict[str, list[Tensor]]) -> Iterator[tuple[str, S]]:
             for name, measure in measures.items():
                 layer, given = self.layer(name), seen.get(name, [])
                 for x, true in zip(given, given if is_routed(layer) else original[name], strict=True):
                     rows = input_rows(layer, x)
                     try:
-                        part = measure(rows, rows if true is x else input_rows(layer, true))
+                        yield name, measure(rows, rows if true is x else input_rows(layer, true))
                     except NonFiniteError as error:
                         raise NonFiniteError(f"input of {name}: {error}") from None
-                    results[name] = results[name].merge(part) if name in results else part
-        return results
+
+        return self.team.merge(parts(*passed) for passed in self._passes(list(measures), inputs))
 
     def check(self, inputs: Inputs) -> None:
         """Refuse inputs that the walk was not started for."""
@@ -171,25 +159,30 @@ class Block:
     def observe_attention(self, owner: str, measure: Callable[[Tensor], S], inputs: Inputs = "fp") -> dict[str, S]:
         """Accumulate a statistic of each operand of the attention that `owner` computes."""
         self.check(inputs)
-        results: dict[str, S] = {}
+        parts: list[tuple[str, S]] = []
 
         def handle(name: str, x: Tensor) -> Tensor:
             try:
-                part = measure(x)
+                parts.append((name, measure(x)))
             except NonFiniteError as error:
                 raise NonFiniteError(f"attention {name} of {owner}: {error}") from None
-            results[name] = results[name].merge(part) if name in results else part
             return x
+
+        def taken() -> list[tuple[str, S]]:
+            batch, parts[:] = list(parts), []
+            return batch
 
         stream, module = ("fp", self.reference) if inputs == "fp" else ("quantized", self.module)
         with operands_seen(module.get_submodule(self.local(owner)) if self.local(owner) else module, handle):
-            for _ in self.streams[stream].run(module):
-                pass
-        return results
+            return self.team.merge(taken() for _ in self.streams[stream].run(module))
+
+    def total(self, errors: Iterable[float]) -> float:
+        """The sum over all batches, wherever they are; `errors` are of the batches of `outputs` or a stream's `run`."""
+        return self.team.merge([("", Total(error))] for error in errors)[""].value
 
     def links(self) -> Links:
         """Norms and the layers that read nothing else, by full names."""
-        found = find_links(self.reference, self.once)
+        found = self.team.agree(lambda: find_links(self.reference, self.once))
         links = Links(refused={self.full(name): reason for name, reason in found.refused.items()})
         links.found = [
             type(link)(self.full(link.norm), tuple(self.full(name) for name in link.layers)) for link in found.found
@@ -198,24 +191,24 @@ class Block:
 
     def chains(self) -> list[Chain]:
         """Layers and those that read their outputs channel by channel, by full names."""
-        found = find_chains(self.reference, self.once)
+        found = self.team.agree(lambda: find_chains(self.reference, self.once))
         return [Chain(self.full(one.source), tuple(self.full(name) for name in one.layers)) for one in found]
 
     def groups(self) -> list[tuple[str, ...]]:
         """The layers in execution order, those that read the same input together."""
         layers = {name: self.layer(name) for name in self.unit.layers}
-        shared = {name: group for group in shared_inputs(layers, self._sample) for name in group}
+        found = self.team.agree(lambda: shared_inputs(layers, self._sample))
+        shared = {name: group for group in found for name in group}
         groups = [shared.get(name, (name,)) for name in self.unit.layers]
         return list(dict.fromkeys(groups))
 
     def outputs(self) -> Generator[Any, None, None]:
-        """The full-precision block's output for each batch."""
+        """The full-precision block's output for each batch of this process."""
         return next(iter(self.streams.values())).run(self.reference)
 
     def once(self) -> Any:
-        """The full-precision block's output for the first batch."""
-        with closing(self.outputs()) as outputs:
-            return next(outputs)
+        """The full-precision block's output for the first batch here; what follows from it is to be agreed on."""
+        return next(iter(self.streams.values())).once(self.reference)
 
     def _sample(self) -> Any:
         """The full-precision block's output for one sample: enough to see which layers read the same."""
@@ -257,24 +250,26 @@ def walk(
     load: Callable[[str], None] = lambda unit: None,
     gradients: Gradients | None = None,
     sensitivities: Mapping[str, Sensitivity] | None = None,
+    team: Team = ALONE,
 ) -> Iterator[Block]:
     """Visit the units of `model`, which is quantized in place.
 
     `run` calls the model on a batch. `load` brings a unit's tensors into memory. `restore` puts a unit's earlier result
     into the model and says so; such a unit is not yielded. `on_done` gets every finished block. Activations beyond
     `spill_budget` bytes wait on disk. Blocks ask `gradients` (by default of the model's natural loss) for theirs, and
-    have the `sensitivities` of their layers, by name.
+    have the `sensitivities` of their layers, by name. A `team` shares the batches, but not those of `gradients`.
     """
     names = _STREAMS[inputs]
     units = {unit.name: unit for unit in anatomy.units}
     streams: dict[str, Stream] = {}
     backward = Gradients(model, run, batches) if gradients is None else gradients
     known = {} if sensitivities is None else sensitivities
-    block = partial(Block, streams=streams, entry=anatomy.entry, backward=backward, sensitivities=known)
+    block = partial(Block, streams=streams, entry=anatomy.entry, backward=backward, sensitivities=known, team=team)
+    own = team.share(batches)
     with Spill(spill_budget, _read_meanwhile(model, batches)) as spill, suspended_at(model, list(units)):
         try:
             for name in names:
-                streams[name] = Stream(run, batches, spill)
+                streams[name] = Stream(run, own or batches[:1], spill, idle=not own)
             left = dict(units)
             while left and (current := streams[names[0]].unit) is not None:
                 load(current)
@@ -309,6 +304,7 @@ def _visit(
         block = make(unit=unit, module=module, reference=reference, parent=parent, originals=outputs.get("fp"))
         yield block
         module = block.module
+        block.team.align_(module)
         on_done(block)
         block.reference = module  # the method still holds the block when the next one is read
     del reference

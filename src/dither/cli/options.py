@@ -49,6 +49,21 @@ Length = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Samples at a time; fewer take less memory.")]
 Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Processes that solve layers at the same time.")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Calibration pictures in a batch; text has 4,096 tokens at most.")
+]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        "--engine", metavar="NAME",
+        help="Where layers are solved: local, torchrun (by itself under torchrun) or ray.",
+    ),
+]  # fmt: skip
+RayAddress = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="A Ray cluster, `auto` for this machine's (default: N workers here).",
+                 show_default=False),
+]  # fmt: skip
 
 
 def chosen_device(text: str | None) -> str | None:

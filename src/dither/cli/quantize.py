@@ -6,19 +6,22 @@ from typing import Annotated, Any
 import typer
 
 from dither.cli.options import (
+    BatchSize,
     Count,
     Debug,
     Device,
+    EngineOption,
     Json,
     Length,
     Model,
     Quiet,
+    RayAddress,
     Samples,
     Seed,
     Workers,
     chosen_device,
 )
-from dither.cli.terminal import ERROR, Terminal
+from dither.cli.terminal import ERROR, Terminal, rank
 
 _WHAT = "What to make"
 Output = Annotated[
@@ -120,7 +123,10 @@ def quantize(
     runtime: Runtime = None,
     resume: Resume = False,
     stream: Stream = None,
+    batch_size: BatchSize = 32,
     workers: Workers = 1,
+    engine: EngineOption = "auto",
+    ray_address: RayAddress = None,
     json: Json = False,
     device: Device = None,
     seed: Seed = 0,
@@ -146,12 +152,14 @@ def quantize(
         dither quantize llama/ --calibration text.txt -o out/ -m gptq --weights int4:g64 --samples 128 --length 512
 
         dither quantize llama/ --calibration text.txt -o out/ -m gptq --allocation bits.yaml
+
+        torchrun --nproc-per-node 2 -m dither quantize llama/ --calibration text.txt -o out/ -m gptq
     """
     if output is None and not dry_run:
         raise typer.BadParameter("say where the result goes with -o OUT, or use --dry-run", param_hint="--output")
     if method is not None and recipe is not None:
         raise typer.BadParameter("the recipe names its method; give one of the two", param_hint="--method")
-    with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
+    with Terminal(json=json, quiet=quiet, debug=debug, rank=rank()) as terminal:
         from dither import pipeline
         from dither.recipe import build_method, read_recipe
 
@@ -159,12 +167,13 @@ def quantize(
         fields |= {key: value for key, value in (("size", size), ("prune", prune)) if value is not None}
         chosen = read_recipe(recipe, fields) if recipe else build_method(method or "erq", fields)
         common: dict[str, Any] = {"count": samples, "seed": seed, "length": length, "runtime": runtime}
-        common |= {"allocation": allocation}
+        common |= {"allocation": allocation, "batch_size": batch_size}
         common |= {"stream": stream, "device": chosen_device(device)}
-        if dry_run:
+        if dry_run:  # under torchrun on every rank alike; rank 0 shows it
             _show_plan(terminal, pipeline.plan(model, chosen, calibration, **common), output)
             return
         only: dict[str, Any] = {"resume": resume, "workers": workers, "evaluation": evaluate, "evaluate_count": count}
+        only |= {"engine": engine, "ray_address": ray_address}
         report = _run(terminal, model, chosen, calibration, output, **only, **common)
         _show_result(terminal, report, str(output))
 

@@ -29,9 +29,14 @@ _TYPERS = (typer.Exit, typer.Abort, typer.BadParameter)
 class Terminal:
     """A command runs `with` one; it turns every exception into one line on standard error and an exit code."""
 
-    def __init__(self, *, json: bool, quiet: bool, debug: bool) -> None:
-        """`json` puts data in the place of tables; `quiet` leaves only results and errors; `debug` adds tracebacks."""
-        self.json, self.quiet, self.debug = json, quiet or json, debug
+    def __init__(self, *, json: bool, quiet: bool, debug: bool, rank: int | None = None) -> None:
+        """`json` puts data in the place of tables; `quiet` leaves only results and errors; `debug` adds tracebacks.
+
+        Of several ranks only that of number 0 says anything, but for errors. A command that gives no `rank` knows
+        nothing of them, and does not run under torchrun.
+        """
+        self.rank = alone() if rank is None else rank
+        self.json, self.quiet, self.debug = json, quiet or json or self.rank > 0, debug
         wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
         self.out = Console(file=sys.stdout, highlight=False, markup=False, width=wide)
         self.err = Console(file=sys.stderr, highlight=False, markup=False)
@@ -65,12 +70,13 @@ class Terminal:
         if self.debug:
             traceback.print_exception(error, file=sys.stderr)
         code, line = _explain(error)
-        self.err.print(Text(" ".join(line.split())), soft_wrap=True)
+        place = f"rank {self.rank}: " if self.rank else ""
+        self.err.print(Text(place + " ".join(line.split())), soft_wrap=True)
         raise typer.Exit(code) from None
 
     def show(self, data: Mapping[str, Any]) -> None:
         """The result as JSON, if that was asked for."""
-        if self.json:
+        if self.json and not self.rank:
             sys.stdout.write(json_text.dumps(_plain(data), indent=1, allow_nan=False) + "\n")
             sys.stdout.flush()
 
@@ -78,7 +84,7 @@ class Terminal:
         self, rows: Sequence[Mapping[str, str]], title: str = "", numbers: Sequence[str] = (), less: Sequence[str] = ()
     ) -> None:
         """Rows as a table that fits the terminal: the columns in `less` go first. Nothing with `--json`."""
-        if self.json or not rows:
+        if self.json or self.rank or not rows:
             return
         table, caption = layout(rows, self.out.width, title, numbers, less)
         if self._said:
@@ -90,7 +96,7 @@ class Terminal:
 
     def line(self, text: str = "") -> None:
         """A line of the result for people."""
-        if not self.json:
+        if not self.json and not self.rank:
             self._said = True
             self.out.print(Text(text), soft_wrap=True)
 
@@ -109,6 +115,25 @@ class Terminal:
         else:
             with Bar(self.err, title) as bar:
                 yield bar
+
+
+def ranks() -> int:
+    """How many ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """The number of this process among the ranks that torchrun started."""
+    return int(os.environ["RANK"]) if ranks() > 1 else 0
+
+
+def alone() -> int:
+    """Rank 0, the only one; under torchrun an error, of which rank 0 speaks."""
+    if ranks() > 1:
+        if rank() == 0:
+            typer.echo("error: this command works in one process; start it without torchrun", err=True)
+        raise typer.Exit(ERROR)
+    return 0
 
 
 def _give_up_output() -> None:

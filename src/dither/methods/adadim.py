@@ -30,6 +30,7 @@ from dither.methods.base import Method
 from dither.models.layers import set_weight_matrix
 from dither.solvers.columns import round_by_columns, round_by_groups
 from dither.solvers.rounders import fit_group
+from dither.statistics.total import Total
 from dither.walk import Block, Inputs
 
 BASE = QuantSpec.parse("int4:channel:asym:tight:clampzero")  # AWQ's range convention for whatever a text leaves out
@@ -43,6 +44,7 @@ class AdaDim(Method):
     """Groups along inputs or outputs, layer by layer; `damping` is in units of the mean diagonal of the Gram."""
 
     name: ClassVar[str] = "adadim"
+    shards: ClassVar[bool] = True
     weights: AdaDimSpec = Field(
         default="int4:g128:asym:tight:clampzero",  # type: ignore[assignment]
         description="what layers are stored as; the axis of its groups is chosen",
@@ -120,7 +122,7 @@ def module_errors(
     `module` and the layers are full names. Every call of the module is repeated with the rounded weights in place.
     """
     network = block.reference if stream == "fp" else block.module
-    errors: Errors = {name: dict.fromkeys(axes, 0.0) for name, axes in candidates.items()}
+    parts: list[tuple[str, Total]] = []
 
     def repeat(owner: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         true = _first(output).float()
@@ -130,16 +132,21 @@ def module_errors(
             for axis, stored in axes.items():
                 set_weight_matrix(layer, stored.dequantize(), None)  # type: ignore[arg-type]
                 changed = _first(owner.forward(*args, **kwargs)).float()
-                errors[name][axis] += float((changed - true).square().sum(dtype=torch.float64))
+                error = float((changed - true).square().sum(dtype=torch.float64))
+                parts.append((f"{axis} {name}", Total(error)))
             layer.get_parameter("weight").data.copy_(before)
+
+    def taken() -> list[tuple[str, Total]]:
+        batch, parts[:] = list(parts), []
+        return batch
 
     handle = network.get_submodule(block.local(module)).register_forward_hook(repeat, with_kwargs=True)
     try:
-        for _ in block.streams[stream].run(network):
-            pass
+        found = block.team.merge(taken() for _ in block.streams[stream].run(network))
     finally:
         handle.remove()
-    return errors
+    never = Total(0.0)  # a module that no batch calls
+    return {n: {axis: found.get(f"{axis} {n}", never).value for axis in axes} for n, axes in candidates.items()}
 
 
 def _common_module(block: Block, names: Sequence[str]) -> str | None:

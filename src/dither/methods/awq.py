@@ -54,6 +54,7 @@ class AWQ(Method):
     """Activation-aware scales and clipped ranges."""
 
     name: ClassVar[str] = "awq"
+    shards: ClassVar[bool] = True
     weights: ClampedSpec = Field(default="int4:g128", description="what layers are stored as")  # type: ignore[assignment]
     overrides: dict[str, ClampedSpec] = Field(default={}, description="other weight formats by name or pattern")
     alphas: Annotated[int, Field(ge=1)] = 20  # released code: n_grid
@@ -104,7 +105,7 @@ class AWQ(Method):
             scale = awq_scale(seen.magnitude.mean.float(), alpha)
             scaled = {name: weight * scale for name, weight in weights.items()}
             errors[alpha] = error({n: fit_grid(w, self.weight_spec(n)).round(w) / scale for n, w in scaled.items()})
-        return min(errors, key=lambda alpha: errors[alpha])
+        return block.team.agree(lambda: min(errors, key=lambda alpha: errors[alpha]))
 
     def solve(self, task: LayerTask) -> LayerSolution:
         """One layer: the clip search, then rounding."""
@@ -136,4 +137,4 @@ def _block_error(block: Block, true: list[Float[Tensor, "..."]], rounded: Weight
     """Squared error of the block's output on all calibration data."""
     with on_trial(block, rounded):
         pairs = zip(true, block.outputs(), strict=True)
-        return sum(float((first_tensor(output).float() - expected).square().sum()) for expected, output in pairs)
+        return block.total(float((first_tensor(output).float() - here).square().sum()) for here, output in pairs)

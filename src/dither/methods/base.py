@@ -34,6 +34,7 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
     name: ClassVar[str]
     backward: ClassVar[bool] = False  # whether it takes gradients, for which all weights must be in memory
+    shards: ClassVar[bool] = False  # whether ranks may share the batches: all that it measures is merged by the block
     kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint", "nf", "fp")  # of weight formats that it can fit
     adds: ClassVar[tuple[str, ...]] = ()  # what it stores beside codes, in words: only dither's own loader reads it
 

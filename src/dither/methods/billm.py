@@ -34,6 +34,7 @@ class BiLLM(Method):
     """Binary weights with residuals; `damping` is in units of the mean diagonal of the Gram."""
 
     name: ClassVar[str] = "billm"
+    shards: ClassVar[bool] = True
     kinds: ClassVar[tuple[Kind, ...]] = ("nuq", "int", "mxint", "nf", "fp")
     weights: WeightSpec = Field(default="nuq2:g128:dual", description="what layers are stored as; gN is the block")  # type: ignore[assignment]
     inputs: Inputs = Field(default="quantized", description="the paper measures behind the quantized prefix")

@@ -41,6 +41,7 @@ class ERQ(Method):
     """
 
     name: ClassVar[str] = "erq"
+    shards: ClassVar[bool] = True
     kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint")
     activations: ActivationSpec = Field(default="int4", description="inputs of layers; none keeps them")  # type: ignore[assignment]
     inputs: Inputs = Field(default="quantized", description="fp is the paper's: layers are then independent")

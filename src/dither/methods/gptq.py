@@ -36,6 +36,7 @@ class GPTQ(Method):
     """Column-by-column rounding; `damping` is in units of the mean diagonal of the Gram."""
 
     name: ClassVar[str] = "gptq"
+    shards: ClassVar[bool] = True
     inputs: Inputs = Field(default="quantized", description="the paper measures behind the quantized prefix")
     act_order: bool = Field(default=True, description="columns of largest input energy first")
     static_groups: bool = Field(default=True, description="grids of the original weight; false: fitted on the way")

@@ -43,6 +43,7 @@ class GWQ(Method):
     """Rounding of all but the weights that the loss of one sequence minds most."""
 
     name: ClassVar[str] = "gwq"
+    shards: ClassVar[bool] = True
     backward: ClassVar[bool] = True
     weights: GWQSpec = Field(
         default="int3:g16:asym:tight:realzero:s3.16",  # type: ignore[assignment]

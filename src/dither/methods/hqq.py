@@ -29,6 +29,7 @@ class HQQ(Method):
     """Half-quadratic quantization; calibration data only measure the error that the report shows."""
 
     name: ClassVar[str] = "hqq"
+    shards: ClassVar[bool] = True
     kinds: ClassVar[tuple[Kind, ...]] = ("int",)
     weights: RealZeroSpec = Field(default="int4:g64", description="what layers are stored as")  # type: ignore[assignment]
     overrides: dict[str, RealZeroSpec] = Field(default={}, description="other weight formats by name or pattern")

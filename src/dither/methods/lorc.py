@@ -28,6 +28,7 @@ class LoRC(Method):
     """Low-rank compensation after rounding."""
 
     name: ClassVar[str] = "lorc"
+    shards: ClassVar[bool] = True
     adds: ClassVar[tuple[str, ...]] = ("a low-rank term",)
     weights: WeightSpec = Field(default="int4:minmax", description="what layers are stored as")  # type: ignore[assignment]
     inputs: Inputs = Field(default="quantized", description="what the GPTQ base is measured on")

@@ -45,6 +45,7 @@ class OAC(Method):
     """A Hessian-based solver on the Hessian of the output's cross-entropy."""
 
     name: ClassVar[str] = "oac"
+    shards: ClassVar[bool] = True
     backward: ClassVar[bool] = True
     kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint", "nf", "fp", "nuq")
     weights: OACSpec = Field(

@@ -33,6 +33,7 @@ class QERA(Method):
     """Round, then reconstruct what the rounding lost by a product of two thin matrices."""
 
     name: ClassVar[str] = "qera"
+    shards: ClassVar[bool] = True
     adds: ClassVar[tuple[str, ...]] = ("a low-rank term",)
     weights: WeightSpec = Field(default="mxint4:g32", description="what layers are stored as")  # type: ignore[assignment]
     scale: Literal["exact", "approx", "lqer", "identity"] = Field(

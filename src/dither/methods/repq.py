@@ -25,6 +25,7 @@ class RepQ(Method):
     """Reparameterize LayerNorm activations, then round weights to nearest."""
 
     name: ClassVar[str] = "repq"
+    shards: ClassVar[bool] = True
     activations: ActivationSpec = Field(default="int4", description="inputs of layers; none keeps them")  # type: ignore[assignment]
     round_zero_point: bool = True
 

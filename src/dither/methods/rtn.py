@@ -19,6 +19,7 @@ class RTN(Method):
     """Round weights to nearest; the bias stays in full precision."""
 
     name: ClassVar[str] = "rtn"
+    shards: ClassVar[bool] = True
 
     def run(self, blocks: Iterable[Block], engine: Engine) -> None:
         """Fit input ranges, round, store."""

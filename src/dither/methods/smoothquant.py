@@ -32,6 +32,7 @@ class SmoothQuant(Method):
     """Smoothed activations and weights in 8 bits."""
 
     name: ClassVar[str] = "smoothquant"
+    shards: ClassVar[bool] = True
     weights: WeightSpec = Field(  # type: ignore[assignment]
         default="int8:channel:sym:narrow:minmax", description="what layers are stored as"
     )

@@ -33,6 +33,7 @@ class SpQR(Method):
     """Column-by-column rounding with outliers; `damping` is in units of the mean diagonal of the Gram."""
 
     name: ClassVar[str] = "spqr"
+    shards: ClassVar[bool] = True
     adds: ClassVar[tuple[str, ...]] = ("sparse outliers",)
     weights: SpQRSpec = Field(
         default="int4:g16:asym:tight:realzero:s3.16",  # type: ignore[assignment]

@@ -36,6 +36,7 @@ class SqueezeLLM(Method):
     """Sensitivity-weighted k-means; `sensitive` and `outliers` are shares of all weights, zero for dense alone."""
 
     name: ClassVar[str] = "squeezellm"
+    shards: ClassVar[bool] = True
     backward: ClassVar[bool] = True
     kinds: ClassVar[tuple[Kind, ...]] = ("nuq",)
     weights: WeightSpec = Field(default="nuq4", description="what layers are stored as: nuq3, nuq4, …")  # type: ignore[assignment]

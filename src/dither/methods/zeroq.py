@@ -49,6 +49,7 @@ class ZeroQ(Method):
     """Rounding to nearest without data; with `size` every layer gets the bits that the front gives it."""
 
     name: ClassVar[str] = "zeroq"
+    shards: ClassVar[bool] = True
     weights: WeightSpec = Field(default=QuantSpec.parse("int8:channel:asym:minmax"), description="format without size")
     activations: ActivationSpec = Field(  # type: ignore[assignment]
         default="int8:tensor:asym:minmax", description="inputs of layers; none keeps them"

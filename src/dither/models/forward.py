@@ -6,7 +6,7 @@ and hands it back. Whatever the model does between its units runs as written, so
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +61,10 @@ def _suspending(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
 class Stream:
     """All batches, suspended at the same unit; activations wait in `spill`."""
 
-    def __init__(self, run: Callable[[Any], Any], batches: Sequence[Any], spill: Spill) -> None:
-        """`run` calls the model on one batch."""
+    def __init__(self, run: Callable[[Any], Any], batches: Sequence[Any], spill: Spill, idle: bool = False) -> None:
+        """`run` calls the model on one batch; `idle`, the batches show the way and are not measured."""
         self._passes = [_Pass(run) for _ in batches]
-        self._spill = spill
+        self._spill, self._idle = spill, idle
         self.calls: list[Call] = []
         self.results: list[Any] = []
         try:
@@ -90,7 +90,16 @@ class Stream:
         return self.calls[0].unit if self.calls else None
 
     def run(self, module: Callable[..., Any]) -> Generator[Any, None, None]:
-        """The module's output for each batch in turn, inputs fetched and parked around each."""
+        """The module's output for each batch in turn, inputs fetched and parked around each; none where idle."""
+        if not self._idle:
+            yield from self._each(module)
+
+    def once(self, module: nn.Module) -> Any:
+        """The module's output for the first batch."""
+        with closing(self._each(module)) as outputs:
+            return next(outputs)
+
+    def _each(self, module: Callable[..., Any]) -> Generator[Any, None, None]:
         for call in self.calls:
             self._spill.fetch((call.args, call.kwargs))
             try:
@@ -101,7 +110,7 @@ class Stream:
     def outputs(self, module: nn.Module) -> list[Any]:
         """All outputs, parked."""
         outputs = []
-        for output in self.run(module):
+        for output in self._each(module):
             outputs.append(output)
             self._spill.park(output)
         return outputs

@@ -140,13 +140,16 @@ def state_tensor(model: nn.Module, name: str) -> Tensor:
     return _tensor(model.get_submodule(holder), key).detach()
 
 
-def exceeds_memory(folder: Path, device: torch.device) -> bool:
-    """Whether a folder's model, in float32, is too large to be held in memory while it is quantized."""
+def exceeds_memory(folder: Path, device: torch.device, copies: int = 1) -> bool:
+    """Whether a folder's model, in float32, is too large to be held in memory while it is quantized.
+
+    `copies` processes of this machine hold one each; every one has its own GPU.
+    """
     try:
         size = 4 * Checkpoint.of_folder(folder).elements()
     except StorageError:  # whoever opens the folder says what is wrong
         return False
-    free = psutil.virtual_memory().available
+    free = psutil.virtual_memory().available / copies
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
     return bool(size > SHARE * free)
