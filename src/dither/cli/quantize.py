@@ -155,10 +155,7 @@ def quantize(
 
         torchrun --nproc-per-node 2 -m dither quantize llama/ --calibration text.txt -o out/ -m gptq
     """
-    if output is None and not dry_run:
-        raise typer.BadParameter("say where the result goes with -o OUT, or use --dry-run", param_hint="--output")
-    if method is not None and recipe is not None:
-        raise typer.BadParameter("the recipe names its method; give one of the two", param_hint="--method")
+    _check(output, dry_run, method, recipe)
     with Terminal(json=json, quiet=quiet, debug=debug, rank=rank()) as terminal:
         from dither import pipeline
         from dither.recipe import build_method, read_recipe
@@ -176,6 +173,14 @@ def quantize(
         only |= {"engine": engine, "ray_address": ray_address}
         report = _run(terminal, model, chosen, calibration, output, **only, **common)
         _show_result(terminal, report, str(output))
+
+
+def _check(output: str | None, dry_run: bool, method: str | None, recipe: str | None) -> None:
+    """Options that belong together."""
+    if output is None and not dry_run:
+        raise typer.BadParameter("say where the result goes with -o OUT, or use --dry-run", param_hint="--output")
+    if method is not None and recipe is not None:
+        raise typer.BadParameter("the recipe names its method; give one of the two", param_hint="--method")
 
 
 def _run(
