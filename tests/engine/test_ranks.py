@@ -21,7 +21,7 @@ from dither.engine.ranks import Ranks, dealt, own_device
 from dither.engine.team import Alone
 from dither.errors import InputError
 from dither.models.network import open_network
-from dither.pipeline import _begin
+from dither.pipeline import begin
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -193,5 +193,5 @@ def test_a_method_that_needs_all_samples_is_refused_before_any_work(tiny: Callab
 
     model, batch = tiny().model, tiny().batch(2)
     with pytest.raises(InputError, match="signround: it needs samples of all calibration batches"):
-        _begin(model, "signround", [batch], None, 0, 2, None, None, False, None, Pair())
+        begin(model, "signround", [batch], None, 0, 2, None, None, False, None, Pair())
     assert open_network(model).model is model

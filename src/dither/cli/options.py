@@ -49,9 +49,6 @@ Length = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Samples at a time; fewer take less memory.")]
 Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Processes that solve layers at the same time.")]
-BatchSize = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Calibration pictures in a batch; text has 4,096 tokens at most.")
-]
 EngineOption = Annotated[
     str,
     typer.Option(

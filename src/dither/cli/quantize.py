@@ -164,14 +164,14 @@ def quantize(
         fields |= {key: value for key, value in (("size", size), ("prune", prune)) if value is not None}
         chosen = read_recipe(recipe, fields) if recipe else build_method(method or "erq", fields)
         common: dict[str, Any] = {"count": samples, "seed": seed, "length": length, "runtime": runtime}
-        common |= {"allocation": allocation, "batch_size": batch_size}
-        common |= {"stream": stream, "device": chosen_device(device)}
+        common |= {"allocation": allocation, "batch_size": batch_size, "stream": stream}
+        common["device"] = chosen_device(device)
         if dry_run:  # under torchrun on every rank alike; rank 0 shows it
             _show_plan(terminal, pipeline.plan(model, chosen, calibration, **common), output)
             return
-        only: dict[str, Any] = {"resume": resume, "workers": workers, "evaluation": evaluate, "evaluate_count": count}
-        only |= {"engine": engine, "ray_address": ray_address}
-        report = _run(terminal, model, chosen, calibration, output, **only, **common)
+        common |= {"resume": resume, "workers": workers, "evaluation": evaluate, "evaluate_count": count}
+        common |= {"engine": engine, "ray_address": ray_address}
+        report = _run(terminal, model, chosen, calibration, output, **common)
         _show_result(terminal, report, str(output))
 
 
