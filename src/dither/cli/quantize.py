@@ -158,21 +158,18 @@ def quantize(
     _check(output, dry_run, method, recipe)
     with Terminal(json=json, quiet=quiet, debug=debug, rank=rank()) as terminal:
         from dither import pipeline
-        from dither.recipe import build_method, read_recipe
 
-        fields = _fields(weights, activations, set_ or [], skip or [], override or [])
-        fields |= {key: value for key, value in (("size", size), ("prune", prune)) if value is not None}
-        chosen = read_recipe(recipe, fields) if recipe else build_method(method or "erq", fields)
+        given = {"weights": weights, "activations": activations, "size": size, "prune": prune}
+        chosen = _method(recipe, method or "erq", _fields(given, set_ or [], skip or [], override or []))
         common: dict[str, Any] = {"count": samples, "seed": seed, "length": length, "runtime": runtime}
-        common |= {"allocation": allocation, "batch_size": batch_size, "stream": stream}
-        common["device"] = chosen_device(device)
+        common |= {"device": chosen_device(device), "stream": stream, "batch_size": batch_size}
+        common["allocation"] = allocation
         if dry_run:  # under torchrun on every rank alike; rank 0 shows it
             _show_plan(terminal, pipeline.plan(model, chosen, calibration, **common), output)
             return
-        common |= {"resume": resume, "workers": workers, "evaluation": evaluate, "evaluate_count": count}
-        common |= {"engine": engine, "ray_address": ray_address}
-        report = _run(terminal, model, chosen, calibration, output, **common)
-        _show_result(terminal, report, str(output))
+        common |= {"resume": resume, "workers": workers, "engine": engine, "ray_address": ray_address}
+        common |= {"evaluation": evaluate, "evaluate_count": count}
+        _show_result(terminal, _run(terminal, model, chosen, calibration, output, **common), str(output))
 
 
 def _check(output: str | None, dry_run: bool, method: str | None, recipe: str | None) -> None:
@@ -199,15 +196,17 @@ def _run(
     return result.report.data
 
 
-def _fields(
-    weights: str | None, activations: str | None, settings: list[str], skip: list[str], overrides: list[str]
-) -> dict[str, Any]:
+def _method(recipe: str | None, name: str, fields: dict[str, Any]) -> Any:
+    from dither.recipe import build_method, read_recipe
+
+    return read_recipe(recipe, fields) if recipe else build_method(name, fields)
+
+
+def _fields(given: dict[str, Any], settings: list[str], skip: list[str], overrides: list[str]) -> dict[str, Any]:
     """The method's fields as the command line gives them."""
     from dither.recipe import read_setting
 
-    fields: dict[str, Any] = {
-        key: text for key, text in (("weights", weights), ("activations", activations)) if text is not None
-    }
+    fields: dict[str, Any] = {key: text for key, text in given.items() if text is not None}
     for text in settings:
         if "=" not in text:
             raise typer.BadParameter(f"expected FIELD=VALUE, got {text!r}", param_hint="--set")
