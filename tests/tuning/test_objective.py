@@ -69,3 +69,9 @@ def test_what_the_data_do_not_give_is_refused() -> None:
         Objective("perplexity").check({"top1": 0.9, "size_bytes": 1.0, "kl": None})
     with pytest.raises(InputError, match="give no kl"):
         Objective("accuracy", read_limits(["kl=1"])).check({"top1": 0.9})
+
+
+def test_equal_costs_are_told_apart_by_divergence_or_by_size() -> None:
+    assert Objective("accuracy").tie({"top1": 0.9, "kl": 0.2, "size_bytes": 5.0}) == 0.2
+    assert Objective("kl").tie({"kl": 0.2, "size_bytes": 5.0}) == 5.0
+    assert Objective("accuracy").tie({"top1": 0.9, "kl": None}) == 0.0

@@ -147,6 +147,7 @@ def test_failures_and_broken_limits_cost_more_than_all_else_and_are_never_the_be
     assert list(costs[[0, 3]]) == [0.3, 0.1]
     assert costs[1] > costs[2] > costs[0]
     assert best([trials[1], trials[2]]) is None
+    assert best([Trial(0, ("a",), 0.1, 0.0, 2.0), Trial(1, ("b",), 0.1, 0.0, 1.0)]) == Trial(1, ("b",), 0.1, 0.0, 1.0)
     assert [trial.number for trial in sorted(trials, key=lambda trial: trial.rank)] == [3, 0, 2, 1]
 
 

@@ -49,7 +49,10 @@ class Ledger:
         figures = record["figures"]
         cost = None if record["error"] else self.problem.aim.cost(figures, self.problem.reference)
         point = self.problem.space.point(record["configuration"])
-        return Trial(int(record["number"]), point, cost, 0.0 if cost is None else self.problem.aim.violation(figures))
+        if cost is None:
+            return Trial(int(record["number"]), point, None)
+        aim = self.problem.aim
+        return Trial(int(record["number"]), point, cost, aim.violation(figures), aim.tie(figures))
 
     def follow(self, trial: Trial) -> None:
         """Say how far the search is."""
@@ -67,4 +70,9 @@ class Ledger:
 
     def row(self, trial: Trial) -> dict[str, Any]:
         """What the report says of a trial."""
-        return {**self.journal.records[trial.number], "cost": trial.cost, "violation": trial.violation}
+        return {
+            **self.journal.records[trial.number],
+            "cost": trial.cost,
+            "violation": trial.violation,
+            "tie": trial.tie,
+        }

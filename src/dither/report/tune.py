@@ -75,7 +75,9 @@ def trial_rows(data: Mapping[str, Any], ranked: bool) -> list[dict[str, str]]:
     names = shown(data)
     dimensions = _varied(trials)
     if ranked:
-        trials = sorted(trials, key=lambda one: (bool(one.get("error")), one.get("violation", 0), _cost(one)))
+        trials = sorted(
+            trials, key=lambda one: (bool(one.get("error")), one.get("violation", 0), _cost(one), one.get("tie", 0))
+        )
     rows = []
     for one in trials:
         row = {"Trial": str(one["number"])}

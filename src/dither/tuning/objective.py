@@ -82,6 +82,11 @@ class Objective:
             return None
         return self.quantity.cost(value, full)
 
+    def tie(self, figures: Figures) -> float:
+        """What decides between equal costs, such as the same share of few pictures: divergence, else bytes."""
+        decisive = [figures.get(QUANTITIES[name].figure) for name in ("kl", "size") if name != self.name]
+        return next((value for value in decisive if value is not None and math.isfinite(value)), 0.0)
+
     def violation(self, figures: Figures) -> float:
         """The sum over the limits."""
         return math.fsum(limit.violation(figures) for limit in self.limits)

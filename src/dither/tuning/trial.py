@@ -37,17 +37,21 @@ RunTrials = Callable[[Sequence[Task]], Iterator[Outcome]]  # in any order; each 
 
 @dataclass(frozen=True)
 class Trial:
-    """A point that was tried. `cost` is to be lowered, None if the trial failed; `violation` of limits is 0 if kept."""
+    """A point that was tried. `cost` is to be lowered, None if the trial failed; `violation` of limits is 0 if kept.
+
+    Among equal costs the lower `tie` is better.
+    """
 
     number: int
     point: Point
     cost: float | None
     violation: float = 0.0
+    tie: float = 0.0
 
     @property
-    def rank(self) -> tuple[bool, float, float]:
+    def rank(self) -> tuple[bool, float, float, float]:
         """What trials are ordered by: those that kept the limits first, failures last."""
-        return (self.cost is None, self.violation, self.cost if self.cost is not None else 0.0)
+        return (self.cost is None, self.violation, self.cost if self.cost is not None else 0.0, self.tie)
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:
