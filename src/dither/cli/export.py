@@ -10,7 +10,7 @@ from dither.cli.terminal import Terminal
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder that `dither quantize` wrote.", show_default=False)]
 To = Annotated[
     str,
-    typer.Option(metavar="FORM", help="compressed-tensors, gptq, gptq-v2, gguf, onnx or dequantized.",
+    typer.Option(metavar="FORM", help="compressed-tensors, gptq, gptq-v2, gguf, onnx, onnx-qdq or dequantized.",
                  show_default=False),
 ]  # fmt: skip
 Folder = Annotated[
@@ -22,6 +22,10 @@ Type = Annotated[
         metavar="TYPE", help="float16, bfloat16 or float32 for scales and kept tensors; auto rounds no scale."
     ),
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="Pictures to compare the runtime's answers on (onnx-qdq).", show_default=False),
+]
 
 
 def export(
@@ -29,6 +33,7 @@ def export(
     to: To,
     output: Folder,
     dtype: Type = "auto",
+    data: Data = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -43,12 +48,14 @@ def export(
         dither export llama-int4/ --to compressed-tensors -o llama-int4-ct/
 
         dither export llama-int4/ --to gguf -o llama-int4-gguf/
+
+        dither export vit-int8/ --to onnx-qdq --data pictures/ -o vit-int8-onnx/
     """
     with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
         from dither.export.export import export as run
 
         with terminal.progress(f"to {to}") as progress:
-            report = run(out, to, output, dtype=dtype, progress=progress)
+            report = run(out, to, output, dtype=dtype, data=data, progress=progress)
         terminal.show(report)
         _show(terminal, report)
 
@@ -65,4 +72,15 @@ def _show(terminal: Terminal, report: dict[str, Any]) -> None:
     terminal.line(f"{count(report['layers'])} layers read back: {same}")
     for note in report["notes"]:
         terminal.line(f"note: {note}")
+    if "pictures" in report:
+        terminal.line(_answers(report["pictures"]))
     terminal.line(f"opens with {report['opens_with']}; saved in {report['output']}")
+
+
+def _answers(pictures: dict[str, Any]) -> str:
+    """What the runtime said of the pictures, beside dither's own answers."""
+    accuracy = ""
+    if pictures["top1"] is not None:
+        accuracy = f"; top-1 {100 * pictures['top1']:.2f} %, dither's {100 * pictures['simulated_top1']:.2f} %"
+    same = 100 * pictures["agreement"]
+    return f"{pictures['count']} pictures: {same:.2f} % of the answers are dither's own{accuracy}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dither.errors import DependencyError, DitherError, InputError, StorageError, nearest
+from dither.export.answers import compare_answers
 from dither.export.source import Source, open_source
 from dither.export.written import Written
 from dither.result import Result
@@ -23,6 +24,7 @@ TARGETS = {
     "gptq-v2": ("gptq", "write_v2"),
     "gguf": ("gguf", "write"),
     "onnx": ("onnx", "write"),
+    "onnx-qdq": ("qdq", "write"),
     "dequantized": ("dequantized", "write"),
     "peft": ("peft", "write"),
 }
@@ -30,14 +32,21 @@ Progress = Callable[[str, int, int], None]  # (layer, layers read back, in all)
 
 
 def export(
-    result: Result | str | Path, to: str, output: str | Path, *, dtype: str = "auto", progress: Progress | None = None
+    result: Result | str | Path,
+    to: str,
+    output: str | Path,
+    *,
+    dtype: str = "auto",
+    data: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a result, or the folder that one was saved in, for another runtime; returns what was written.
 
-    `to` is compressed-tensors (vLLM, SGLang, transformers), gptq or gptq-v2, gguf (llama.cpp), onnx (ONNX Runtime),
-    dequantized (16-bit weights for any program) or peft (low-rank terms as an adapter). `dtype` is that of scales and
+    `to` is compressed-tensors (vLLM, SGLang, transformers), gptq or gptq-v2, gguf (llama.cpp), onnx (ONNX Runtime,
+    weights in a few bits) or onnx-qdq (vision models with integer products), dequantized (16-bit weights for any
+    program) or peft (low-rank terms as an adapter). `dtype` is that of scales and
     of what was kept; `auto` rounds no scale. Every weight is decoded from the file by a reader of its own and compared
-    with the result.
+    with the result. `data` are pictures on which the runtime's answers are compared with dither's (onnx-qdq).
 
     Raises:
         SpecError, InputError: the target cannot hold a layer; the message names it, the reason and what to do instead.
@@ -54,6 +63,7 @@ def export(
     try:
         written = _writer(to)(source, folder, dtype)
         compared = compare(source, written, progress)
+        compared |= {} if data is None else {"pictures": compare_answers(source, written, to, data)}
     except BaseException:
         _remove(folder, existed)
         raise

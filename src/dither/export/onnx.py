@@ -7,16 +7,12 @@ written as blocks that repeat their scale. The file is run in ONNX Runtime and i
 Source: the contributed operator com.microsoft::MatMulNBits, version 1.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from jaxtyping import Float, Int, UInt8
 from onnx import numpy_helper
@@ -27,14 +23,13 @@ from dither.errors import InputError, StorageError
 from dither.export.folder import cast, check_tensors, chosen_dtype, copy_companions, write_config
 from dither.export.integers import IntegerWeight, integer_weight, refused
 from dither.export.source import Source, skeleton
+from dither.export.tracing import FILE, example, open_graph, run_graph, trace
 from dither.export.written import Written, scale_bound
 from dither.formats.packing import pack
-from dither.storage import writing
 
-TARGET, FILE, OPSET = "onnx", "model.onnx", 21
+TARGET = "onnx"
 BITS = (2, 4, 8)
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16
-ONE_FILE = 1.5e9  # bytes; a single ONNX file cannot grow beyond 2 GiB
 _EXACT = 1  # accuracy_level: activations stay in float32; 4 lets them be rounded to 8 bits, which is faster
 _LOGITS = {torch.float32: 1e-4, torch.float16: 2e-2}  # of the largest: sums in another order, or in float16
 Node = tuple[dict[str, int], list[Any]]  # attributes and constant inputs of an operator
@@ -110,7 +105,7 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
     inputs = example(source, model, kind)
     with torch.no_grad():
         expected = model(**inputs).logits.float().numpy()
-    files = _export(model, inputs, folder)
+    files = trace(model, inputs, folder)
     files += copy_companions(source, folder)
     files.append(write_config(source, folder, kind, None))
     difference = _run(folder / FILE, inputs, expected, _LOGITS[kind])
@@ -151,75 +146,13 @@ def _filled(source: Source, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def example(source: Source, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Random inputs to trace and compare with.
-
-    Raises:
-        InputError: the model reads neither tokens nor pictures.
-    """
-    generator, config = torch.Generator().manual_seed(0), source.config
-    name = str(model.main_input_name)
-    if name == "input_ids":
-        length = min(int(config.get("max_position_embeddings", 16)) - 1, 16)
-        return {name: torch.randint(0, int(config["vocab_size"]), (2, length), generator=generator)}
-    if name == "pixel_values" and "image_size" in config:
-        size = config["image_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (2, int(config.get("num_channels", 3)), height, width)
-        return {name: torch.randn(shape, generator=generator).to(dtype)}
-    raise InputError(f"onnx: {type(model).__name__} reads {name}; models that read tokens or pictures can be exported")
-
-
-class _Logits(nn.Module):
-    """The network as a function of one tensor."""
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        super().__init__()
-        self.model, self.name = model, name
-        self.options = {"use_cache": False} if name == "input_ids" else {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(**{self.name: x}, **self.options).logits
-        return logits
-
-
-def _export(model: nn.Module, inputs: Mapping[str, Tensor], folder: Path) -> list[str]:
-    (name, x), dimension = next(iter(inputs.items())), torch.export.Dim
-    axes = {0: dimension.DYNAMIC, 1: dimension.DYNAMIC} if name == "input_ids" else {0: dimension.DYNAMIC}
-    with _quiet():
-        program: Any = torch.onnx.export(
-            _Logits(model, name).eval(), (x,), dynamo=True, dynamic_shapes=(axes,), opset_version=OPSET,
-            input_names=[name], output_names=["logits"], verbose=False,
-        )  # fmt: skip
-    size = sum(x.nbytes for x in model.state_dict().values())
-    with writing(folder / FILE):
-        folder.mkdir(parents=True, exist_ok=True)
-        program.save(str(folder / FILE), external_data=size > ONE_FILE)
-    return sorted(path.name for path in folder.iterdir())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch says about its own packages while it exports."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def _run(path: Path, inputs: Mapping[str, Tensor], expected: Float[np.ndarray, "..."], limit: float) -> float:
     """The largest difference of logits over the largest logit.
 
     Raises:
         StorageError: it is above the limit.
     """
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    found = session.run(["logits"], {name: x.numpy() for name, x in inputs.items()})[0]
+    found = run_graph(open_graph(path), inputs)
     difference = float(np.abs(found.astype(np.float64) - expected).max() / np.abs(expected).max())
     if not difference <= limit:
         raise StorageError(f"{path.name}: ONNX Runtime's logits differ from torch's by {difference:.1e} of the largest")

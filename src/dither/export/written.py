@@ -12,6 +12,8 @@ from dither.export.integers import IntegerWeight
 
 _ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}  # of a value, to nearest
 
+Logits = Float[np.ndarray, "b classes"]
+
 
 @dataclass(frozen=True)
 class Written:
@@ -19,6 +21,7 @@ class Written:
 
     `weight` decodes a layer's weight [o, i] from the file by other code than wrote it; `bound` says how far rounding to
     the file's type may take each value; `kept` reads any other tensor back, or says None where the form has none.
+    `logits` gives what the runtime and what dither's own network say of a batch of pictures, where it can be run here.
     """
 
     files: list[str]
@@ -28,6 +31,7 @@ class Written:
     bound: Callable[[str], Float[np.ndarray, "o i"]]
     opens_with: str
     notes: list[str] = field(default_factory=list)
+    logits: Callable[[Tensor], tuple[Logits, Logits]] | None = None
 
 
 def scale_bound(weight: IntegerWeight, dtype: torch.dtype) -> Float[np.ndarray, "o i"]:
