@@ -45,6 +45,7 @@ _HOME = {
     "open_images": "dither.data",
     "DitherError": "dither.errors",
     "evaluate": "dither.evaluation.evaluate",
+    "requantize": "dither.export.requantize",
     "QuantSpec": "dither.formats.spec",
     "ERQ": "dither.methods",
     "GPTQ": "dither.methods",
@@ -85,6 +86,7 @@ __all__ = [
     "open_images",
     "plan",
     "quantize",
+    "requantize",
     "save",
     "tune",
 ]

@@ -14,6 +14,7 @@ from dither.cli.generate import generate
 from dither.cli.inspect import inspect
 from dither.cli.methods import methods
 from dither.cli.quantize import quantize
+from dither.cli.requantize import requantize
 from dither.cli.study import app as study
 from dither.cli.tune import tune
 
@@ -45,7 +46,9 @@ def _dither(
     """
 
 
-for command in (demo, quantize, allocate, export, generate, evaluate, compare, tune, inspect, methods):
+for command in (
+    demo, quantize, allocate, requantize, export, generate, evaluate, compare, tune, inspect, methods,
+):  # fmt: skip
     app.command()(command)
 app.add_typer(study, name="study")
 
