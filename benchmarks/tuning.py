@@ -1,6 +1,7 @@
 """How many trials a search needs to find the best of 96 configurations: boosted trees, genetic, random and grid search.
 
-    python benchmarks/tuning.py measure --models vit_tiny vit_small --pictures cifar10_train.npz --raw tables/ [--quick]
+    python benchmarks/tuning.py measure --models vit_tiny vit_small --pictures cifar10_train.npz --raw tables/ \\
+        [--quick] [--device cuda --workers 8]
     python benchmarks/tuning.py search --raw tables/
 
 `measure` quantizes every configuration once (methods × schemes × range searches × granularities × mixed ends, W4A4) and
@@ -13,16 +14,19 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dither.engine.local import InProcess, ProcessPool
 from dither.quantune.bench import Bench
 from dither.quantune.data import open_tuning_data
 from dither.quantune.ledger import Ledger
 from dither.quantune.problem import pose
+from dither.quantune.run import run_each
 from dither.tuning import make_strategy
 from dither.tuning.journal import Journal, read_journal
 from dither.tuning.objective import Objective
@@ -56,6 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=2000, help="pictures that judge")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop before the trial behind so many")
+    parser.add_argument("--workers", type=int, default=1, help="trials at once, each in a process of its own")
     parser.add_argument("--repetitions", type=int, default=40)
     parser.add_argument("--quick", action="store_true", help="500 pictures")
     parser.add_argument("--out", type=Path, default=Path("docs/results/tuning"))
@@ -76,16 +81,24 @@ def measure(given: argparse.Namespace, model: Path) -> None:
     problem = pose(bench, sets, "accuracy", (), [32], lambda _: DIMENSIONS, 0)
     space, journal = problem.space, Journal(given.raw / f"{model.name}.jsonl", problem.header({}), resume=True)
     ledger = Ledger(problem, journal, 0, len(space))
-    for number, point in enumerate(space.points):
-        if number in journal.records:
-            continue
-        if time.monotonic() - started > given.seconds:
-            print(f"{model.name}: {len(journal.records)} of {len(space)}, stopped")
-            return
-        outcome = bench.run(ledger.task(number, point))
-        ledger.judge(outcome, point)
-        print(number, point, outcome.figures.get("top1"), outcome.error, f"{outcome.time_s:.1f} s", flush=True)
+    left = [(number, point) for number, point in enumerate(space.points) if number not in journal.records]
+    with ProcessPool(given.workers) if given.workers > 1 else nullcontext(InProcess()) as pool:
+        for round_ in batched(left, given.workers):
+            if time.monotonic() - started > given.seconds:
+                print(f"{model.name}: {len(journal.records)} of {len(space)}, stopped")
+                return
+            points = dict(round_)
+            for outcome in run_each(pool, bench, [ledger.task(*one) for one in round_]):
+                point = points[outcome.number]
+                ledger.judge(outcome, point)
+                found = outcome.error or outcome.figures["top1"]
+                print(outcome.number, *point, found, f"{outcome.time_s:.1f} s", flush=True)
     print(f"{model.name}: all {len(space)} are measured")
+
+
+def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Runs of `size`, the last one perhaps shorter."""
+    yield from (items[start : start + size] for start in range(0, len(items), size))
 
 
 class Table:

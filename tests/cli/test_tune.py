@@ -68,6 +68,7 @@ def test_people_get_a_table_and_are_told_that_one_set_was_split(
     assert "What each choice did" in page
 
 
+@pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_with_the_same_trials(
     tiny_model: Path, calibration: Path, pictures: Path, tmp_path: Path
 ) -> None:
