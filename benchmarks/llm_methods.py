@@ -35,6 +35,7 @@ METHODS = {  # label: method, weight format, bits it is run at (None: all that a
     "gptq, symmetric": ("gptq", "int{bits}:g64:sym:minmax", None),
     "gptq, least squares": ("gptq", "int{bits}:g64:asym:mse", None),
     "gptq-fitted": ("gptq-fitted", "int{bits}:g32:asym:tight:realzero:s4.64", None),
+    "gptq-learned": ("gptq-learned", "int{bits}:g32:asym:tight:realzero:s4.64", None),
     "awq": ("awq", UNIFORM, None),
     "hqq": ("hqq", "int{bits}:g64", None),
     "adadim": ("adadim", "int{bits}:g64", None),

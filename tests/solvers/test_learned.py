@@ -116,10 +116,15 @@ def recorded(learned: LearnedGrid, gradient: Tensor) -> list[Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("real", [False, True])
-def test_written_gradients_of_an_asymmetric_grid_are_autograds(real: bool) -> None:
-    text = "int2:g4:asym:tight:realzero" if real else "int2:g4:asym:tight"
-    spec = QuantSpec.parse(text).model_copy(update={"scale_dtype": "float32"})
+def moved(low: Tensor, high: Tensor, ends: list[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The ends of ranges scaled by their factors: from zero, or from the middle where zero need not be inside."""
+    middle = torch.zeros_like(low) if spec.include_zero else (low + high) / 2
+    return middle + (low - middle) * ends[0], middle + (high - middle) * ends[1]
+
+
+@pytest.mark.parametrize("text", ["int2:g4:asym:tight", "int2:g4:asym:tight:realzero", "int2:g4:asym:realzero"])
+def test_written_gradients_of_an_asymmetric_grid_are_autograds(text: str) -> None:
+    spec, real = QuantSpec.parse(text).model_copy(update={"scale_dtype": "float32"}), "realzero" in text
     grid, gradient = fit_uniform(matrix() * 0.9, spec), matrix(seed=5)
     learned = LearnedGrid(matrix(), grid, Learning())
     learned.value()
@@ -127,8 +132,9 @@ def test_written_gradients_of_an_asymmetric_grid_are_autograds(real: bool) -> No
     ends = [torch.ones(8, 3, 1, requires_grad=True) for _ in range(2)]
     offset = torch.zeros(8, 3, 4, requires_grad=True)
     low, high = ((-grid.zero_point * grid.scale)[..., None], ((3 - grid.zero_point) * grid.scale)[..., None])
-    scale = (high * ends[1] - low * ends[0]) / 3
-    zero = -(low * ends[0]) / scale
+    bottom, top = moved(low, high, ends, spec)
+    scale = (top - bottom) / 3
+    zero = -bottom / scale
     steps = matrix().reshape(8, 3, 4) / scale + offset
     codes = through(steps + zero) if real else through(steps) + through(zero)
     value = scale * (codes.clamp(0, 3) - (zero if real else through(zero)))
@@ -162,7 +168,7 @@ def test_with_codes_as_they_are_the_range_gradient_is_the_true_slope() -> None:
     found, codes = recorded(learned, gradient), learned.stored().codes.float().reshape(8, 3, 4)
     ends = [torch.ones(8, 3, 1, requires_grad=True) for _ in range(2)]
     low, high = ((-grid.zero_point * grid.scale)[..., None], ((3 - grid.zero_point) * grid.scale)[..., None])
-    bottom, top = low * ends[0], high * ends[1]
+    bottom, top = moved(low, high, ends, spec)
     ((bottom + (top - bottom) / 3 * codes) * gradient.reshape(8, 3, 4)).sum().backward()
     for mine, end in zip(found[:2], ends, strict=True):
         assert end.grad is not None
@@ -177,6 +183,17 @@ def test_offsets_and_ranges_stay_within_their_bounds() -> None:
     offset, low, high = learned.state
     assert float(offset.abs().max()) == pytest.approx(0.3)
     assert 0 <= float(torch.cat([low, high]).min()) <= float(torch.cat([low, high]).max()) <= 1.1 + 1e-6
+
+
+def test_a_narrow_range_far_from_zero_stays_one() -> None:
+    weight = 5 + matrix() / 100
+    spec = QuantSpec.parse("int2:g4:asym:tight:realzero").model_copy(update={"scale_dtype": "float32"})
+    grid = fit_uniform(weight, spec)
+    learned, generator = LearnedGrid(weight, grid, Learning()), torch.Generator().manual_seed(0)
+    for step in range(50):  # factors of the ends themselves would let them meet, and zero-points overflow
+        learned.value()
+        learned.step_(torch.randn(weight.shape, generator=generator), (50 - step) / 2500)
+    assert float((learned.stored().dequantize() - weight).abs().max()) < 0.1
 
 
 def test_a_state_brings_back_the_value() -> None:

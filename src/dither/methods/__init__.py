@@ -84,6 +84,17 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "baq",
         {"steps": "levels", "losses": "law", "act_order": False, "weights": "mix4:channel:asym:realzero"},
     ),
+    "gptq-learned": (
+        "signround",
+        {
+            "start": "groups",
+            "range_by": "output",
+            "rule": "adam",
+            "range_gradient": "codes",
+            "widest": 1.2,
+            "weights": "int3:g32:asym:tight:realzero:s4.64",
+        },
+    ),
     "erq-v1": ("erq", {"dual": False, "rounding": "halves", "inputs": "fp", "range_by": "weight"}),
     "erq-v2": ("erq", {"dual": True, "rounding": "halves", "inputs": "fp", "range_by": "weight"}),
     "qera-approx": ("qera", {"scale": "approx"}),

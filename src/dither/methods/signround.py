@@ -4,6 +4,8 @@ Source: Cheng et al., Optimize Weight Rounding via Signed Gradient Descent for t
 2024, arXiv 2309.05516, algorithm 1, and its released code, AutoRound. From these: offsets within half a code and range
 factors within [0, 1] from 0 and 1, steps by the sign of the gradient that fall linearly from 1 / iterations, 200
 iterations, inputs of the quantized prefix against outputs of the original model, signed symmetric scales.
+[choice] The preset `gptq-learned`, which nobody published, begins at GPTQ's compensated weights on groups fitted on the
+way, and learns offsets and ranges (which may grow by a fifth) from there by Adam.
 """
 
 from collections.abc import Iterable, Mapping

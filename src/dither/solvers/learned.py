@@ -4,8 +4,9 @@ With s and z of a cell, value = s * d, d = clamp(round(w / s + V), codes - z), w
 rounding and taken off again. Gradients pass the rounding as if it were not there, and stop where a code is clamped.
 
 Source: SignRound (Cheng et al., arXiv 2309.05516), equations 1 to 3; the signed scale is the released code's.
-Departs from the released code: a symmetric cell has one range factor (of its two only the larger end's is ever used);
-ranges are factors of any grid given at the start, so that real zero-points and scales of scales are learned as well;
+Departs from the released code: the ends of a range that need not hold zero are scaled about its middle, since factors
+of a narrow range far from zero would soon make its ends meet; a symmetric cell has one range factor (of its two only
+the larger end's is ever used); ranges are factors of any grid given at the start, so that real zero-points and scales of scales are learned as well;
 gradients are written out, since a graph of elementwise operations costs more than the layers' own products.
 """
 
@@ -112,7 +113,10 @@ class LearnedGrid:
         self._offset = torch.zeros_like(self._weight)
         top, scale = highest_code(self.spec), grid.scale.float()
         self._sign = scale.sign() if bool((scale < 0).any()) else None
-        self._low, self._high = -grid.zero_point * scale, (top - grid.zero_point) * scale
+        low, high = -grid.zero_point * scale, (top - grid.zero_point) * scale
+        # a range that need not hold zero may be narrow and far from it: its ends then move about its own middle
+        self._middle = torch.zeros_like(low) if self.spec.include_zero else (low + high) / 2
+        self._low, self._high = low - self._middle, high - self._middle
         self._ends = [torch.ones_like(scale) for _ in range(2 if self.spec.symmetry == "asym" else 1)]
         self._descents = [Descent(learning.rule) for _ in range(3)]
         self._grid, self._steps, self._inside = grid, torch.empty(0), torch.empty(0, dtype=torch.bool)
@@ -158,7 +162,7 @@ class LearnedGrid:
         scale, top = self._grid.scale, highest_code(self.spec)
         if len(self._ends) == 1:
             return [by_scale * self._start.scale]
-        low = self._low * self._ends[0]
+        low = self._middle + self._low * self._ends[0]
         lift = low / (scale * top)  # scale * zero_point = -low, and the clamped codes move with it
         return [
             (-by_scale / top + by_zero * (1 + lift)) * self._low,
@@ -168,7 +172,7 @@ class LearnedGrid:
     def _fitted(self) -> Grid:
         start, spec = self._start, self.spec
         if len(self._ends) == 2:
-            low, high = self._low * self._ends[0], self._high * self._ends[1]
+            low, high = (self._middle + end * by for end, by in zip((self._low, self._high), self._ends, strict=True))
             return grid_of_ranges(low, high, spec, start.row_of, start.column_of)
         largest = start.scale.abs() * self._ends[0] * symmetric_steps(spec)
         grid = grid_of_ranges(-largest, largest, spec, start.row_of, start.column_of)
