@@ -46,6 +46,7 @@ def measure(
     length: int | None = None,
     batch_size: int = 32,
     device: str | torch.device | None = None,
+    stream: bool | None = None,
     progress: Progress | None = None,
 ) -> ScoreTable:
     """What each option would cost each unit of a model, in loss and in resources.
@@ -54,13 +55,14 @@ def measure(
     `method` completes its `weights`; by default integers of 2, 3, 4, 6 and 8 bits, in groups of 64 where all layers
     allow it. `skip` and `ties` are patterns of layers to leave out, and comma-separated ones of layers that share a
     choice. With a folder `scores` the table is kept there, and an interrupted measurement goes on where it stopped.
+    `stream` reads the model block by block, as `quantize` does; only `error` can be measured then.
 
     Raises:
         InputError: data, options or patterns do not fit the model.
     """
     chosen = parse_sensitivity(sensitivity) if isinstance(sensitivity, str) else sensitivity
     rtn = parse_method("rtn", {"skip": list(skip)})  # another method's default format may fit no layer of this model
-    run, _ = begin(model, rtn, calibration, count, seed, batch_size, device, length, None, progress)
+    run, _ = begin(model, rtn, calibration, count, seed, batch_size, device, length, stream, progress)
     parsed = read_options(options or default_options(run), parse_method(method, {}))
     with single_purpose():
         traced = trace(run.network, run.anatomy, run.data.batches[0])

@@ -333,3 +333,18 @@ def test_options_mean_what_they_mean_for_the_method(odd_table: Any) -> None:
     assert table.options == (Option(QuantSpec.parse("int4:channel:asym:tight:realzero")),)
     with pytest.raises(InputError, match="gptq stores weights as one of"):
         odd_table("error", ["nuq4"], method="gptq")
+
+
+def test_a_model_larger_than_memory_can_be_measured_by_output_errors(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    network = tiny("LlamaForCausalLM")
+    network.model.save_pretrained(tmp_path / "llama")
+    how: dict[str, Any] = {"options": ["int2", "int4"]}
+    batches = [network.batch(2)]
+    whole = measure(tmp_path / "llama", "error", batches, **how)
+    streamed = measure(tmp_path / "llama", "error", batches, stream=True, **how)
+    np.testing.assert_array_equal(streamed.scores, whole.scores)
+    np.testing.assert_array_equal(streamed.costs["size"], whole.costs["size"])
+    assert streamed.fixed == whole.fixed
+    for name in ("kl", "fisher", "hawq-v2"):
+        with pytest.raises(InputError, match="gradients need all weights|read block by block"):  # noqa: RUF043
+            measure(tmp_path / "llama", name, batches, stream=True, **how)

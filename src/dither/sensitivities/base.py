@@ -1,5 +1,6 @@
 """What every sensitivity is given and gives back, and how finished parts of a measurement outlive a kill."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from dither.storage import write_json, writing
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
 T = TypeVar("T")
+_NAME = 200  # characters of a file's name
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Kept:
         """What was kept under a name, else what is computed now; plain data."""
         if self.folder is None:
             return compute()
-        path = self.folder / f"{quote(name, safe='')[:200]}.json"
+        plain = quote(name, safe="")
+        short = plain if len(plain) <= _NAME else hashlib.sha256(name.encode()).hexdigest()  # files' names have limits
+        path = self.folder / f"{short}.json"
         if path.is_file():
             found: T = json.loads(path.read_text())
             return found
