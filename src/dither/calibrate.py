@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,21 +12,26 @@ from torch import Tensor
 
 from dither.engine.local import Engine
 from dither.folding import bias_of, fold_link
-from dither.formats.activation import covered_range, fake_quantize, fit_activation
+from dither.formats.activation import Scales, covered_range, fit_activation
 from dither.formats.qtensor import QTensor
 from dither.formats.spec import QuantSpec
 from dither.models.layers import has_gram
+from dither.models.links import Link
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands
 from dither.statistics.extremes import MinMax
 from dither.statistics.gram import Gram
 from dither.statistics.sample import RowSample
 from dither.statistics.sensitivity import Sensitivity
+from dither.transforms.equalize import equalization
 from dither.transforms.reparameterize import reparameterization
 from dither.walk import Block, Inputs, LayerRecord
 
 COLUMN_S = 4e-4  # measured: what a column costs a solver that goes column by column, apart from arithmetic
 _RATES = {"cpu": 3e10, "cuda": 3e13}  # orders of magnitude: operations a second
+
+BareNorm = Literal["refuse", "offset", "ratio"]
+ChannelRanges = Callable[[Link, Float[Tensor, "n d"], QuantSpec], Scales]
 
 
 @dataclass(frozen=True)
@@ -91,28 +96,47 @@ def quantize_operands(block: Block, specs: Mapping[str, QuantSpec | None], input
 
 
 def reparameterize(
-    block: Block, spec: QuantSpec, inputs: Inputs, round_zero_point: bool
+    block: Block,
+    spec: QuantSpec,
+    inputs: Inputs,
+    round_zero_point: bool,
+    ranges: ChannelRanges | None = None,
+    bare: BareNorm = "refuse",
 ) -> dict[str, ActivationQuantizer]:
     """Fold per-channel ranges behind norms into the weights; returns the per-tensor quantizer of each layer reached.
 
+    `ranges` finds scales and zero-points of the channels, by default as the format searches them. `bare` says what
+    becomes of the shift of channels behind a norm that takes no bias: the norm is refused, the shift stays as an offset
+    of the quantizers, or only the ratio of symmetric ranges is folded, and the quantizers are left to be fitted.
     A fold that changes the block's output is undone and its reason kept in the block's remarks.
     """
-    links, quantizers = block.links(), {}
+    links, quantizers = block.links(), dict[str, ActivationQuantizer]()
     block.remarks |= {name: f"not reparameterized: {reason}" for name, reason in links.refused.items()}
     per_channel = spec.model_copy(update={"granularity": "channel", "dynamic": False})
     for link in links.found:
         first = link.layers[0]
-        sample = block.observe({first: _sample}, inputs)[first]
-        scale, zero_point = fit_activation(sample.rows, per_channel)
+        rows = block.observe({first: _sample}, inputs)[first].rows
+        scale, zero_point = fit_activation(rows, per_channel) if ranges is None else ranges(link, rows, per_channel)
         change = reparameterization(scale, zero_point, spec.symmetry != "asym", round_zero_point)
-        if not fold_link(block, link, change):
-            bare = bias_of(block.reference.get_submodule(block.local(link.norm))) is None and bool(change.shift.any())
-            hint = " (it takes no bias; a symmetric format needs none)" if bare else ""
+        offset, folded = None, fold_link(block, link, change)
+        shifted = bias_of(block.reference.get_submodule(block.local(link.norm))) is None and bool(change.shift.any())
+        if not folded and shifted and bare == "ratio":
+            both = per_channel.model_copy(update={"symmetry": "sym"})
+            scale, _ = fit_activation(rows, both) if ranges is None else ranges(link, rows, both)
+            if fold_link(block, link, equalization(scale / scale.mean())):  # the range of all is fitted afterwards
+                block.remarks[link.norm] = f"ratios of channels folded into {len(link.layers)} layers: it takes no bias"
+                continue
+        if not folded and shifted and bare == "offset" and fold_link(block, link, equalization(change.ratio)):
+            folded, offset = True, -change.shift
+        if not folded:
+            hint = " (it takes no bias; a symmetric format needs none)" if shifted else ""
             block.remarks[link.norm] = f"not reparameterized: the fold changed the block's output{hint}"
             continue
-        block.remarks[link.norm] = f"reparameterized with {len(link.layers)} layers"
+        kept = "" if offset is None else "; it takes no bias, so the shift is added to the inputs of these"
+        block.remarks[link.norm] = f"reparameterized with {len(link.layers)} layers{kept}"
         for name in link.layers:
-            quantizer = ActivationQuantizer(spec)  # a dynamic range is not set, but gains from like channels too
+            quantizer = ActivationQuantizer(spec).add(offset)
+            # a dynamic range is not set, but gains from like channels too
             quantizers[name] = quantizer if spec.dynamic else quantizer.set((change.scale, change.zero_point))
     return quantizers
 
@@ -130,7 +154,7 @@ def measure(
     to solve and every layer's quantizer; layers whose outputs read different inputs have no Gram.
     """
     quantizers = {name: fitted[name] for name in specs if name in fitted}
-    first = _first_reader(block, specs)
+    first = _first_reader(block, specs, quantizers)
     readers = list(dict.fromkeys(first.values()))
     sampled = [name for name in readers if specs[name] is not None or not (grams and has_gram(block.layer(name)))]
     whose: Inputs = "quantized" if inputs == "both" else inputs
@@ -138,7 +162,7 @@ def measure(
     for name, spec in specs.items():
         if spec is not None and name not in quantizers:
             twin = quantizers.get(first[name])
-            quantizers[name] = _fit(samples[first[name]].rows, spec) if twin is None else _copy(twin)
+            quantizers[name] = _fit(samples[first[name]].rows, spec) if twin is None else twin.copy()
     observers = {
         name: partial(_gram, quantizer=quantizers.get(name), ones=block.layer(name).bias is not None)
         for name in readers
@@ -171,21 +195,24 @@ class _Seen:
         return _Seen(self.gram.merge(other.gram), self.extremes.merge(other.extremes))
 
 
-def _first_reader(block: Block, specs: Mapping[str, QuantSpec | None]) -> dict[str, str]:
-    """For each layer the first that reads the same input in the same format, so that it is measured once."""
+def _first_reader(
+    block: Block, specs: Mapping[str, QuantSpec | None], fitted: Mapping[str, ActivationQuantizer]
+) -> dict[str, str]:
+    """For each layer the first that reads the same input on the same grid, so that it is measured once."""
     first = {name: name for name in specs}
     for group in block.groups():
-        leaders: dict[tuple[bool, str], str] = {}
+        leaders: dict[tuple[bool, str, bytes], str] = {}
         for name in (name for name in group if name in specs):
-            key = (block.layer(name).bias is not None, str(specs[name]))
+            key = (block.layer(name).bias is not None, *_signature(specs[name], fitted.get(name)))
             first[name] = leaders.setdefault(key, name)
     return first
 
 
-def _copy(quantizer: ActivationQuantizer) -> ActivationQuantizer:
-    """A quantizer of its own for another layer, as stored tensors must not be shared."""
-    twin = ActivationQuantizer(quantizer.spec)
-    return twin if quantizer.spec.dynamic else twin.set(quantizer.scales)
+def _signature(spec: QuantSpec | None, fitted: ActivationQuantizer | None) -> tuple[str, bytes]:
+    """What tells one input grid from another."""
+    if fitted is None:
+        return str(spec), b""
+    return str(fitted.spec), b"".join(x.cpu().numpy().tobytes() for x in fitted.state_dict().values())
 
 
 def solve_and_store(
@@ -202,8 +229,16 @@ def solve_and_store(
     for task, solution in zip(tasks_, engine.map(partial(_timed, solve), tasks_), strict=True):
         quantizer = quantizers.get(task.name)
         record = _record(block, task, solution, quantizer)
-        block.store(task.name, solution.weight, solution.bias, quantizer, record)
+        block.store(task.name, solution.weight, _stored_bias(solution, quantizer), quantizer, record)
     tasks_.clear()
+
+
+def _stored_bias(solution: LayerSolution, quantizer: ActivationQuantizer | None) -> Float[Tensor, " o"] | None:
+    """The bias that takes back what the input quantizer's offset adds: b - Ŵ offset."""
+    if quantizer is None or quantizer.offset is None:
+        return solution.bias
+    added = solution.weight.dequantize(torch.float64) @ quantizer.offset.to(solution.weight.codes.device, torch.float64)
+    return -added.float() if solution.bias is None else (solution.bias.double() - added).float()
 
 
 def _timed(solve: Callable[[LayerTask], LayerSolution], task: LayerTask) -> LayerSolution:
@@ -221,14 +256,15 @@ def _record(
         columns = stored if solution.bias is None else torch.cat([stored, solution.bias[:, None].to(stored)], dim=1)
         error = task.gram.output_error(task.with_bias(), columns)
     power = task.weight.double().square().sum().clamp_min(1e-30)
+    nbytes = solution.weight.nbytes + (0 if quantizer is None or quantizer.offset is None else quantizer.offset.nbytes)
     return LayerRecord(
         name=task.name,
         kind=type(layer).__name__,
         shape=solution.weight.shape,
         weights=str(solution.weight.spec),
         activations=None if quantizer is None else str(quantizer.spec),
-        bits_per_weight=solution.weight.bits_per_weight,
-        nbytes=solution.weight.nbytes,
+        bits_per_weight=8 * nbytes / task.weight.numel(),
+        nbytes=nbytes,
         output_error=error,
         weight_error=float((stored - task.weight).square().sum() / power),
         time_s=solution.time_s,
@@ -246,7 +282,7 @@ def _gram(seen: Tensor, original: Tensor, quantizer: ActivationQuantizer | None,
     wide = seen.detach().float().reshape(-1, seen.shape[-1])
     low, high = wide.amin(dim=0), wide.amax(dim=0)
     if quantizer is not None:
-        gram = Gram.of(fake_quantize(seen.float(), quantizer.scales, quantizer.spec), original, ones)
+        gram = Gram.of(quantizer.approximate(seen.float()), original, ones)
     elif original is not seen:
         gram = Gram.of(seen, original, ones)
     else:

@@ -113,7 +113,7 @@ def _as_parameter(layer: nn.Module, matrix: Float[Tensor, "o i"]) -> Tensor:
 
 
 def _seen_through(quantizer: ActivationQuantizer) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    return lambda _module, args: (quantizer(args[0]), *args[1:])
+    return lambda _module, args: (quantizer.approximate(args[0]), *args[1:])
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dither.errors import NonFiniteError
 from dither.formats.activation import fake_quantize, fit_activation
 from dither.formats.spec import QuantSpec
 from dither.nn.activation import ActivationQuantizer
@@ -79,3 +80,28 @@ def test_gradients_pass_as_if_nothing_were_quantized(text: str) -> None:
     out.backward(torch.full_like(out, 3.0))
     assert x.grad is not None
     assert torch.equal(x.grad, torch.full_like(x, 3.0))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_offset_moves_the_input_and_is_taken_off_again_in_what_stands_for_it(text: str) -> None:
+    offset = drawn(6, seed=2) * 0.1
+    quantizer, plain, x = fitted(text).add(offset), fitted(text), drawn(2, 5, 6, seed=1)
+    stored = offset.half().float()
+    assert torch.equal(quantizer(x), plain(x + stored))
+    assert torch.equal(quantizer.approximate(x), plain(x + stored) - stored)
+    assert torch.equal(plain.approximate(x), plain(x))
+    assert not torch.equal(quantizer(x), plain(x))
+
+
+def test_an_offset_is_stored_in_float16_loaded_and_copied() -> None:
+    spec = QuantSpec.parse("int4:tensor:asym")
+    quantizer = fitted("int4:tensor:asym").add(drawn(6, seed=2))
+    fresh = ActivationQuantizer(spec, offset=6)
+    fresh.load_state_dict(quantizer.state_dict())
+    x = drawn(2, 6, seed=1)
+    for other in (fresh, quantizer.copy(), copy.deepcopy(quantizer).to(torch.bfloat16)):
+        assert other.offset is not None and other.offset.dtype == torch.float16
+        assert torch.equal(other(x), quantizer(x))
+        assert other.offset.data_ptr() != quantizer.offset.data_ptr()  # type: ignore[union-attr]
+    with pytest.raises(NonFiniteError, match="float16"):
+        quantizer.add(torch.full((6,), 1e6))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dither.errors import DependencyError, DitherError, InputError, StorageError, nearest
+from dither.errors import DependencyError, DitherError, InputError, SpecError, StorageError, nearest
 from dither.export.answers import compare_answers
 from dither.export.source import Source, open_source
 from dither.export.written import Written
@@ -60,6 +60,7 @@ def export(
     existed, source = folder.exists(), open_source(result)
     if not source.layers:
         raise InputError(f"{source.name} holds no quantized layer: there is nothing to export")
+    _refuse_offsets(source, to)
     try:
         written = _writer(to)(source, folder, dtype)
         compared = compare(source, written, progress)
@@ -80,6 +81,16 @@ def export(
         "notes": written.notes,
         **compared,
     }
+
+
+def _refuse_offsets(source: Source, to: str) -> None:
+    """An offset that is added before an input is rounded is taken back by the bias: neither may be left out."""
+    for name, entry in source.layers.items():
+        if "offset" in (entry["activations"] or {}):
+            raise SpecError(
+                f"{name}: {to} cannot hold the vector that is added to its input; open the folder with from_pretrained "
+                "after `import dither`, or use a method without one"
+            )
 
 
 def _writer(to: str) -> Callable[[Source, Path, str], Written]:

@@ -50,10 +50,13 @@ def _fit_cells(cells: Float[Tensor, "n m"], spec: QuantSpec) -> tuple[Float[Tens
     return affine(*search_range(cells, spec, stored=False), spec, stored=False)
 
 
-def fake_quantize(x: Float[Tensor, "*b d"], scales: Scales, spec: QuantSpec) -> Float[Tensor, "*b d"]:
-    """x on the grid; computed in float32 and returned in x's dtype."""
+def fake_quantize(
+    x: Float[Tensor, "*b d"], scales: Scales, spec: QuantSpec, offset: Float[Tensor, " d"] | None = None
+) -> Float[Tensor, "*b d"]:
+    """x on the grid, or x + offset; computed in float32 and returned in x's dtype."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return _fake_quantize(wide, scales, spec).to(x.dtype)
+    moved = wide if offset is None else wide + offset.to(wide.dtype)
+    return _fake_quantize(moved, scales, spec).to(x.dtype)
 
 
 def _fake_quantize(x: Float[Tensor, "*b d"], scales: Scales, spec: QuantSpec) -> Float[Tensor, "*b d"]:

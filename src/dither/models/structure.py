@@ -67,7 +67,8 @@ def _describe_quantizer(quantizer: nn.Module | None) -> dict[str, Any] | None:
     if not isinstance(quantizer, ActivationQuantizer):
         return None
     channels = 1 if quantizer.spec.dynamic else quantizer.scale.numel()
-    return {"spec": quantizer.spec.model_dump(mode="json"), "channels": channels}
+    entry = {"spec": quantizer.spec.model_dump(mode="json"), "channels": channels}
+    return entry if quantizer.offset is None else {**entry, "offset": len(quantizer.offset)}
 
 
 def _is_bare_norm(module: nn.Module) -> bool:
@@ -143,4 +144,6 @@ def _empty_layer(layer: nn.Module, name: str, entry: Mapping[str, Any]) -> Quant
 
 
 def _empty_quantizer(entry: Mapping[str, Any] | None) -> ActivationQuantizer | None:
-    return None if entry is None else ActivationQuantizer(QuantSpec(**entry["spec"]), entry["channels"])
+    if entry is None:
+        return None
+    return ActivationQuantizer(QuantSpec(**entry["spec"]), entry["channels"], entry.get("offset", 0))

@@ -136,6 +136,8 @@ class QuantizedConv2d(_Packed):
                 f"the input of a convolution has one scale a tensor, got {input_quantizer.spec}; write "
                 f"int{input_quantizer.spec.bits}:tensor, and :dynamic after it for a range of each call"
             )
+        if input_quantizer is not None and input_quantizer.offset is not None:
+            raise SpecError("the input of a convolution takes no offset, which its padding would not have")
         super().__init__(packed, bias, input_quantizer, dtype)
         self.geometry = geometry
         # models compute paddings from these, which they expect of a torch.nn.Conv2d
