@@ -65,7 +65,7 @@ class Run:
         self.remarks: dict[str, str] = {}
         self.done, self.expected = 0, 0
         unfuse(network.model)
-        if method.backward and network.weights is not None:
+        if method.takes_gradients and network.weights is not None:
             raise InputError(f"{method.name}: {NOT_RESIDENT}")
         if team.size > 1 and not method.shards:
             raise InputError(f"{method.name}: {NOT_SHARED}")

@@ -36,6 +36,7 @@ class Method(BaseModel):
     backward: ClassVar[bool] = False  # whether it takes gradients, for which all weights must be in memory
     shards: ClassVar[bool] = False  # whether ranks may share the batches: all that it measures is merged by the block
     kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint", "nf", "fp")  # of weight formats that it can fit
+    inputs_as: ClassVar[str] = ACTIVATIONS  # what a text for activations leaves out
     adds: ClassVar[tuple[str, ...]] = ()  # what it stores beside codes, in words: only dither's own loader reads it
 
     weights: WeightSpec = Field(default=WEIGHTS, description="what layers are stored as")
@@ -53,15 +54,25 @@ class Method(BaseModel):
     @classmethod
     def _follow_activations(cls, data: Any) -> Any:
         given = data.get("activations", cls.model_fields["activations"].default) if isinstance(data, dict) else None
-        spec = read_spec(given, ACTIVATIONS)
+        spec = read_spec(given, cls.inputs_as)
         if not isinstance(spec, QuantSpec):
             return data
         granularity = "tensor" if spec.granularity == "channel" else spec.granularity
         follow = {
             "attention": spec.model_copy(update={"granularity": granularity}),
-            "probabilities": f"logsqrt2-{spec.bits}" if spec.bits < FINE else f"int{spec.bits}",
+            "probabilities": cls._probabilities(spec.bits, data),
         }
         return follow | data
+
+    @classmethod
+    def _probabilities(cls, bits: int, data: Mapping[str, Any]) -> str:
+        """The format of softmax outputs that goes with activations of so many bits."""
+        return f"logsqrt2-{bits}" if bits < FINE else f"int{bits}"
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether this configuration needs all weights in memory."""
+        return self.backward
 
     def run(self, blocks: Iterable[Block], engine: Engine) -> None:
         """Quantize every block that the walk gives, in place."""

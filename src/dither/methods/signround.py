@@ -9,15 +9,14 @@ way, and learns offsets and ranges (which may grow by a fifth) from there by Ada
 """
 
 from collections.abc import Iterable, Mapping
-from hashlib import sha256
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from dither.calibrate import LayerSolution, LayerTask, measure, quantize_operands, solve_and_store
+from dither.draws import generator_of
 from dither.engine.local import Engine, InProcess
 from dither.formats.codebook import Codebook
 from dither.formats.fit import fit_uniform
@@ -76,7 +75,7 @@ class SignRound(Method):
         learning = Learning(self.rule, 1.0, self.range_rate, self.reach, self.widest, self.range_gradient)
         weights = {task.name: self.begin(task, learning) for task in tasks}
         norms = {name: LearnedTensor(x, "adam", self.norm_rate) for name, x in self.norms(block).items()}
-        generator = torch.Generator().manual_seed(_seed(block.unit.name))
+        generator = generator_of(block.unit.name)
         learned: dict[str, Learned] = {**weights, **norms}
         loss = BlockLoss(block, self.inputs, quantizers, self.weigh)
         schedule = Schedule(self.iterations, self.rate / max(self.iterations, 1), self.batch_size)
@@ -127,7 +126,3 @@ def _uniform(grid: Grid | Codebook | MixedGrid) -> Grid:
     if not isinstance(grid, Grid):
         raise TypeError(f"{grid.spec} is no uniform grid")
     return grid
-
-
-def _seed(name: str) -> int:
-    return int.from_bytes(sha256(name.encode()).digest()[:4])

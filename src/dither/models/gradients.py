@@ -60,7 +60,7 @@ class Gradients:
 
     def weight(self, name: str) -> Float[Tensor, "o i"]:
         """A layer's weight as a matrix."""
-        return weight_matrix(self._layer(name), name)
+        return weight_matrix(self.layer(name), name)
 
     def of_sample(
         self, index: int, layers: Sequence[str], measure: Callable[[str, Float[Tensor, "o i"]], T]
@@ -71,7 +71,7 @@ class Gradients:
             InputError: there are fewer samples, or the weights are not all in memory.
             NonFiniteError: NaN or Inf in an input, the loss or a gradient; the message names the layer.
         """
-        sample = next(islice(self._samples(), index, None), None)
+        sample = next(islice(self.samples(), index, None), None)
         if sample is None:
             raise InputError(f"sample {index} was asked for, the calibration data have {self.count}")
         found: dict[str, T] = {}
@@ -100,7 +100,7 @@ class Gradients:
 
         wanted = self.count if samples is None else min(samples, self.count)
         with _decoded(self.model):
-            for done, sample in enumerate(islice(self._samples(), wanted), start=1):
+            for done, sample in enumerate(islice(self.samples(), wanted), start=1):
                 self._backward(sample, list(measures), add)
                 if self.progress is not None:
                     self.progress("gradients", done, wanted)
@@ -111,11 +111,13 @@ class Gradients:
         """How many samples there are."""
         return sum(rows_of(batch) for batch in self.batches)
 
-    def _samples(self) -> Iterator[Any]:
+    def samples(self) -> Iterator[Any]:
+        """Every sample as a batch of one."""
         for batch in self.batches:
             yield from (row_of(batch, index, rows_of(batch)) for index in range(rows_of(batch)))
 
-    def _layer(self, name: str) -> Layer:
+    def layer(self, name: str) -> Layer:
+        """A layer in full precision by its name."""
         layer = self.model.get_submodule(name)
         if not is_layer(layer):
             raise TypeError(f"{name} is a {type(layer).__name__}, not a layer in full precision")
@@ -124,7 +126,7 @@ class Gradients:
     def _matrix(self, name: str, gradient: Tensor | None) -> Float[Tensor, "o i"]:
         if gradient is None:
             raise TypeError(f"no gradient of {name}")
-        matrix = as_matrix(self._layer(name), gradient)
+        matrix = as_matrix(self.layer(name), gradient)
         if not bool(torch.isfinite(matrix).all()):
             raise NonFiniteError(f"the gradient of {name}.weight holds NaN or Inf; try the model in float32")
         return matrix
@@ -143,7 +145,7 @@ class Gradients:
 
             return take
 
-        with torch.enable_grad(), leaves_of({name: self._layer(name) for name in layers}, self.model) as leaves:
+        with torch.enable_grad(), leaves_of({name: self.layer(name) for name in layers}, self.model) as leaves:
             scale = HALF_SCALE if any(leaf.dtype == torch.float16 for leaf in leaves.values()) else 1.0
             for name, leaf in leaves.items():
                 leaf.register_post_accumulate_grad_hook(hook(name, scale))
@@ -162,13 +164,13 @@ class Gradients:
         def check(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
                 try:
-                    as_rows(input_rows(self._layer(name), given_input(args, kwargs)))
+                    as_rows(input_rows(self.layer(name), given_input(args, kwargs)))
                 except NonFiniteError as error:
                     raise NonFiniteError(f"input of {name}: {error}") from None
 
             return hook
 
-        handles = [self._layer(name).register_forward_pre_hook(check(name), with_kwargs=True) for name in layers]
+        handles = [self.layer(name).register_forward_pre_hook(check(name), with_kwargs=True) for name in layers]
         try:
             self.run(sample)
         finally:

@@ -47,6 +47,28 @@ def own_prediction_loss(batch: Any, output: Any) -> Float[Tensor, ""]:
     return functional.cross_entropy(rows, rows.detach().argmax(dim=-1))
 
 
+def drawn_prediction_loss(generator: torch.Generator) -> Loss:
+    """Mean cross-entropy to classes drawn from what the model itself predicts.
+
+    The mean square of such gradients is the diagonal of the Hessian of the divergence from the model's own prediction
+    (Fisher's identity), while the gradient of that divergence is zero there. Raises as `own_prediction_loss`.
+    """
+
+    def loss(batch: Any, output: Any) -> Float[Tensor, ""]:
+        rows = class_rows(output)
+        chances = rows.detach().softmax(dim=-1).cpu()
+        labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        return functional.cross_entropy(rows, labels.to(rows.device))
+
+    return loss
+
+
+def self_divergence_loss(batch: Any, output: Any) -> Float[Tensor, ""]:
+    """Divergence of the prediction from itself, whose gradient is zero but for rounding; raises as the others."""
+    rows = class_rows(output)
+    return functional.kl_div(rows.log_softmax(-1), rows.detach().softmax(-1), reduction="batchmean")
+
+
 def class_rows(output: Any) -> Float[Tensor, "n c"]:
     """Logits as rows in float32; classes lie along the last axis, for maps [b, c, h, w] along the second.
 
