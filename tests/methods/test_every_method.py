@@ -26,7 +26,12 @@ LOW: dict[str, Any] = {
     "activations": "int4:minmax",
 }  # searching ranges would cost most of the time
 
-SHORT: dict[str, dict[str, Any]] = {"signround": {"iterations": 15}}
+SHORT: dict[str, dict[str, Any]] = {
+    "signround": {"iterations": 15},
+    "ptq4vit": {"candidates": 12, "rounds": 1},
+    "noisyquant": {"candidates": 12, "reaches": 8},
+    "repquant": {"iterations": 5, "clip_steps": 10},
+}
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
@@ -134,7 +139,8 @@ def test_every_layer_is_stored_on_its_grid_with_its_bias_or_without(odd: Callabl
         assert torch.equal(quantize(dense, qtensor.grid).dequantize(), dense)
         assert bool(torch.isfinite(layer.weight).all())
         assert layer.weight.shape == network.model.get_submodule(key).weight.shape
-        folded = key.endswith(("qkv", "fc1"))  # a fold of a norm's shift needs a bias
+        folded = key.endswith(("qkv", "fc1"))  # a fold of a norm's shift needs a bias, and so does an input's offset
+        folded |= layer.input_quantizer is not None and layer.input_quantizer.offset is not None
         assert folded or (layer.bias is None) == (network.model.get_submodule(key).bias is None)
     report = result.report.data
     assert [row["name"] for row in report["layers"]] == list(layers)

@@ -13,9 +13,12 @@ from dither.methods.gptq import GPTQ
 from dither.methods.gwq import GWQ
 from dither.methods.hqq import HQQ
 from dither.methods.lorc import LoRC
+from dither.methods.noisyquant import NoisyQuant
 from dither.methods.oac import OAC
+from dither.methods.ptq4vit import PTQ4ViT
 from dither.methods.qera import QERA
 from dither.methods.repq import RepQ
+from dither.methods.repquant import RepQuant
 from dither.methods.rtn import RTN
 from dither.methods.signround import SignRound
 from dither.methods.smoothquant import SmoothQuant
@@ -41,7 +44,10 @@ __all__ = [
     "BiLLM",
     "LoRC",
     "Method",
+    "NoisyQuant",
+    "PTQ4ViT",
     "RepQ",
+    "RepQuant",
     "SignRound",
     "SmoothQuant",
     "SpQR",
@@ -71,6 +77,9 @@ METHODS: dict[str, type[Method]] = {
     "signround": SignRound,
     "zeroq": ZeroQ,
     "udfc": UDFC,
+    "ptq4vit": PTQ4ViT,
+    "noisyquant": NoisyQuant,
+    "repquant": RepQuant,
 }
 
 
@@ -105,6 +114,12 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "udfc",
         {"bias_correct": True, "prior": "identity", "relative": True, "ridge": 0.1},
     ),
+    "base-ptq": (
+        "ptq4vit",
+        {"metric": "cosine", "twin": False, "rounds": 1, "lowest": 0.5},
+    ),
+    "noisyquant-linear": ("noisyquant", {"base": "linear"}),
+    "noisyquant-ptq4vit": ("noisyquant", {"base": "ptq4vit"}),
     "billm-columns": ("billm", {"search": "weight", "feedback": "columns", "act_order": True}),
 }
 
