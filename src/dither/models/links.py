@@ -125,7 +125,8 @@ def _same_rows(layers: Mapping[str, Layer], inputs: _Inputs, one: str, two: str)
 def _is_channel_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     leaf = next(module.children(), None) is None
-    return leaf and not is_layer(module) and isinstance(weight, Tensor) and weight.ndim == 1
+    # a frozen norm holds its weight as a buffer, and scales maps, whose channels are not on the last axis
+    return leaf and not is_layer(module) and isinstance(weight, nn.Parameter) and weight.ndim == 1
 
 
 def _change(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
