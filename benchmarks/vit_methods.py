@@ -7,7 +7,10 @@ Writes docs/results/vit_methods.json (every run) and .md (mean ± standard devia
 
     python benchmarks/vit_methods.py --merge A.json B.json --out docs/results/vit_methods
 
-puts runs that were made apart into one table.
+puts runs that were made apart into one table; of two runs of the same model, method, setting and seed the later file's
+counts. `--add` does the same with what OUT.json holds already, so that methods, settings or draws can be added to it:
+
+    python benchmarks/vit_methods.py --add --methods ptq4vit --settings int6/int6 --first-seed 5 --seeds 5 …
 """
 
 import argparse
@@ -44,8 +47,20 @@ METHODS = {
     "erq, no refinement": "erq+refine_steps=0",
     "erq, no aqer": "erq+absorb=false",
     "erq": "erq",
+    "easyquant": "noisyquant-linear+noise=none",
+    "noisyquant": "noisyquant-linear",
+    "noisyquant, by the condition": "noisyquant-linear+noise=condition",
+    "base ptq": "base-ptq",
+    "ptq4vit": "ptq4vit",
+    "ptq4vit, most likely labels": "ptq4vit+gradients=label",
+    "ptq4vit, released gradient": "ptq4vit+gradients=divergence",
+    "ptq4vit, no gradient": "ptq4vit+metric=squared",
+    "noisyquant on ptq4vit": "noisyquant-ptq4vit",
+    "repquant, clips alone": "repquant+iterations=0+start=nearest",
+    "repquant, no reconstruction": "repquant+iterations=0",
+    "repquant": "repquant",
 }
-SETTINGS = ("int4/int4", "int3/int4", "int3/int3", "int2/int4")
+SETTINGS = ("int6/int6", "int4/int4", "int3/int4", "int3/int3", "int2/int4")
 RULES = {
     "all": "",
     "linear inputs": "+attention=none+probabilities=none",
@@ -62,7 +77,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="labels, or LABEL=METHOD")
     parser.add_argument("--rules", choices=RULES, default="all", help="what is quantized besides the linear layers")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="calibration draws")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--add", action="store_true", help="keep the runs that OUT.json holds")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--count", type=int, default=None, help="evaluation pictures; all by default")
     parser.add_argument("--device", default="cpu")
@@ -144,7 +161,7 @@ def collect(given: argparse.Namespace) -> list[dict[str, Any]]:
     labels = [label for label, _ in _labelled(given.methods)]
     jobs = [
         (given, model, label, setting, seed)
-        for seed in range(given.seeds)
+        for seed in range(given.first_seed, given.first_seed + given.seeds)
         for model in given.models
         for setting in given.settings
         for label in labels
@@ -154,11 +171,24 @@ def collect(given: argparse.Namespace) -> list[dict[str, Any]]:
     with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
         for run in pool.imap_unordered(_job, jobs):
             runs.append(run)
-            given.out.with_suffix(".json").write_text(json.dumps({"runs": runs}) + "\n")  # a killed run keeps these
+            unfinished = given.out.with_suffix(".unfinished.json")
+            unfinished.write_text(json.dumps({"runs": runs}) + "\n")  # a killed run keeps these
             print(
                 f"{len(runs)}/{len(jobs)} {run['model']} {run['setting']} {run['method']} {run['top1']:.4f}", flush=True
             )
-    return sorted(runs, key=lambda r: (r["model"], r["setting"], labels.index(r["method"]), r["seed"]))
+    unfinished.unlink()
+    return runs
+
+
+def in_order(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By model (as they come), setting, method (as in METHODS, others behind) and draw."""
+    models = list(dict.fromkeys(run["model"] for run in runs))
+    known = {label: place for place, label in enumerate(METHODS)}
+    others = {run["method"]: len(known) for run in runs if run["method"] not in known}
+    place = known | others
+    return sorted(
+        runs, key=lambda r: (models.index(r["model"]), r["setting"], place[r["method"]], r["method"], r["seed"])
+    )
 
 
 def table(runs: list[dict[str, Any]], facts: dict[str, Any]) -> str:
@@ -178,9 +208,10 @@ def table(runs: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         for method in dict.fromkeys(run["method"] for run in mine):
             rows = [run for run in mine if run["method"] == method]
             cells = [_spread([100 * run["top1"] for run in rows if run["setting"] == setting]) for setting in settings]
-            bits = statistics.fmean(run["bits_per_weight"] for run in rows if run["setting"] == settings[-1])
+            last = [run["bits_per_weight"] for run in rows if run["setting"] == settings[-1]]
+            bits = f"{statistics.fmean(last):.2f}" if last else ""
             seconds = statistics.fmean(run["time_s"] for run in rows)
-            lines.append(f"| {method} | " + " | ".join(cells) + f" | {bits:.2f} | {seconds:.1f} |")
+            lines.append(f"| {method} | " + " | ".join(cells) + f" | {bits} | {seconds:.1f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -205,16 +236,20 @@ def _describe(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def merge(paths: list[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Runs of several result files; the settings that describe them must agree."""
-    found = [json.loads(path.read_text()) for path in paths]
-    facts = [
-        {key: one["facts"][key] for key in ("count", "samples", "rules", "device", "torch", "workers")} for one in found
-    ]
-    if any(one != facts[0] for one in facts):
-        raise SystemExit(f"these results were made under different settings: {facts}")
+def merge(found: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Runs of several results; what decides about accuracy must agree, machines may differ."""
+    same = [{key: one["facts"][key] for key in ("count", "samples", "rules")} for one in found]
+    if any(one != same[0] for one in same):
+        raise SystemExit(f"these results were made under different settings: {same}")
     methods = {label: text for one in found for label, text in one["facts"]["methods"].items()}
-    return [run for one in found for run in one["runs"]], {**facts[0], "methods": methods}
+    for one in found:
+        if changed := {label for label, text in one["facts"]["methods"].items() if methods[label] != text}:
+            raise SystemExit(f"these labels mean different methods: {sorted(changed)}")
+    machines = {
+        key: ", ".join(dict.fromkeys(str(one["facts"][key]) for one in found)) for key in ("device", "torch", "workers")
+    }
+    runs = {(r["model"], r["method"], r["setting"], r["seed"]): r for one in found for r in one["runs"]}
+    return in_order(list(runs.values())), {**same[0], **machines, "methods": methods}
 
 
 def measure(given: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -234,7 +269,14 @@ def measure(given: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
 
 def main() -> None:
     given = arguments()
-    runs, facts = merge(given.merge) if given.merge else measure(given)
+    stored = given.out.with_suffix(".json")
+    found = [
+        json.loads(path.read_text()) for path in given.merge or ([stored] if given.add and stored.is_file() else [])
+    ]
+    if not given.merge:
+        runs, facts = measure(given)
+        found.append({"runs": runs, "facts": facts})
+    runs, facts = merge(found)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "runs": runs}) + "\n")
     given.out.with_suffix(".md").write_text(table(runs, facts))
