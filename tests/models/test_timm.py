@@ -22,6 +22,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]},
     "tf_efficientnet_lite0": {},
 }  # fmt: skip
+METHODS = (  # beside ERQ
+    "ptq4vit+candidates=8+rounds=1", "noisyquant+candidates=8+reaches=4", "repquant+iterations=3+clip_steps=5",
+)  # fmt: skip
+BY_ALL = ("deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto")
 PROGRAM = """
 import json, sys, tempfile
 import torch
@@ -31,12 +35,24 @@ for name in ("nms", "qnms"):
     operators.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 import timm
 import dither
+from dither.recipe import parse_method
 found = {}
-for name, settings in json.loads(sys.argv[2]).items():
+formats = {"weights": "int8", "activations": "int8"}
+models, methods, by_all = (json.loads(text) for text in sys.argv[2:])
+for name, settings in models.items():
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=5, **settings).eval()
     pixels = torch.randn(3, 3, settings.get("img_size", 64), settings.get("img_size", 64))
-    result = dither.quantize(model, dither.ERQ(weights="int8", activations="int8"), pixels)
+    result = dither.quantize(model, dither.ERQ(**formats), pixels)
+    others = {}
+    for method in methods if name in by_all else ():
+        other = dither.quantize(model, parse_method(method, formats), pixels)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            other.save(folder + "/out")
+            empty = timm.create_model(name, pretrained=False, num_classes=5, **settings)
+            again = dither.load(folder + "/out", into=empty)
+            expected, got, loaded = (one(pixels) for one in (model, other.model, again))
+        others[method] = [float((got - expected).norm() / expected.norm()), bool(torch.equal(loaded, got))]
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         expected, got = model(pixels), result.model(pixels)
         result.save(folder + "/out")
@@ -45,6 +61,7 @@ for name, settings in json.loads(sys.argv[2]).items():
     layers = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
     rows = {row["name"]: row for row in result.report.data["coverage"]}
     found[name] = {
+        "others": others,
         "error": float((got - expected).norm() / expected.norm()),
         "reloaded": bool(torch.equal(loaded, got)),
         "uncovered": [n for n in layers if n not in rows],
@@ -60,7 +77,7 @@ print(json.dumps(found))
 def found() -> dict[str, Any]:
     if not FOLDER.is_dir():
         pytest.skip(f"no timm in {FOLDER}; scripts/setup installs it")
-    command = [sys.executable, "-c", PROGRAM, str(FOLDER), json.dumps(MODELS)]
+    command = [sys.executable, "-c", PROGRAM, str(FOLDER), *map(json.dumps, (MODELS, METHODS, BY_ALL))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -82,3 +99,12 @@ def test_timm_attention_is_quantized_and_its_norms_are_linked(found: dict[str, A
     for name in ("vit_tiny_patch16_224", "deit_tiny_patch16_224"):
         assert (found[name]["operands"], found[name]["folded"]) == (8, 4)
     assert found["swin_tiny_patch4_window7_224"]["operands"] == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_other_vision_methods_pass_through_timms_classes(found: dict[str, Any], method: str) -> None:
+    for name in BY_ALL:
+        error, reloaded = found[name]["others"][method]
+        assert reloaded
+        assert error < 0.3  # as above
