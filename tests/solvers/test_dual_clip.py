@@ -76,3 +76,14 @@ def test_a_dead_channel_keeps_a_range_and_does_no_harm() -> None:
     )
     assert bool((found.high > found.low).all())
     assert bool(torch.isfinite(clipped(rows, found.low, found.high, ASYM)).all())
+
+
+def test_each_end_moves_on_its_own() -> None:
+    rows = torch.randn(800, 10, generator=torch.Generator().manual_seed(3))
+    rows = torch.where(rows > 2.2, 3 * rows, rows)
+    found = learned(rows, ASYM)
+    centre, reach = rows.mean(dim=0), (rows.amin(dim=0) - rows.mean(dim=0), rows.amax(dim=0) - rows.mean(dim=0))
+    low, high = (found.low - centre) / reach[0], (found.high - centre) / reach[1]
+    assert float((low - high).abs().mean()) > 0.05
+    swapped = output_error(rows, centre + high * reach[0], centre + low * reach[1], ASYM)
+    assert found.after < 0.98 * swapped
