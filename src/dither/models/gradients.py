@@ -151,14 +151,14 @@ class Gradients:
                 leaf.register_post_accumulate_grad_hook(hook(name, scale))
             loss = self.loss(sample, self.run(sample))
             if not bool(torch.isfinite(loss)):
-                self._blame(sample, layers)
+                self.blame(sample, layers)
             if not loss.requires_grad:
                 raise InputError(f"the loss of {type(self.model).__name__} does not depend on {layers[0]}")
             (loss * scale).backward()
         for name in [name for name in layers if name in missing]:
             arrive(name, torch.zeros_like(self.weight(name)))
 
-    def _blame(self, sample: Any, layers: Sequence[str]) -> None:
+    def blame(self, sample: Any, layers: Sequence[str]) -> None:
         """Name the first layer whose input is not finite."""
 
         def check(name: str) -> Callable[..., None]:

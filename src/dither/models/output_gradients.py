@@ -22,10 +22,12 @@ def output_rows(gradients: Gradients, layers: Sequence[str], rows: int, loss: Lo
 
     Raises:
         InputError: the weights are not all in memory, or the model returns no logits.
-        NonFiniteError: NaN or Inf in an input or a gradient; the message names the layer.
+        NonFiniteError: NaN or Inf in a weight, an input or a gradient; the message names the layer.
     """
     if not gradients.resident:
         raise InputError(NOT_RESIDENT)
+    for name in layers:
+        gradients.weight(name)  # refuses NaN and Inf
     modules = {name: gradients.layer(name) for name in layers if has_gram(gradients.layer(name))}
     each, found = -(-rows // max(gradients.count, 1)), dict[str, OutputRows]()
     for number, sample in enumerate(gradients.samples(), start=1):
@@ -60,6 +62,8 @@ def _of_sample(
         with torch.enable_grad(), leaves_of({}, gradients.model):
             value = loss(sample, gradients.run(sample))
             half = any(parameter.dtype == torch.float16 for parameter in gradients.model.parameters())
+            if not bool(value.isfinite()):
+                gradients.blame(sample, list(modules))
             if value.requires_grad:  # else it depends on no layer
                 (value * (HALF_SCALE if half else 1.0)).backward()
     finally:
