@@ -6,8 +6,9 @@ rounding and taken off again. Gradients pass the rounding as if it were not ther
 Source: SignRound (Cheng et al., arXiv 2309.05516), equations 1 to 3; the signed scale is the released code's.
 Departs from the released code: the ends of a range that need not hold zero are scaled about its middle, since factors
 of a narrow range far from zero would soon make its ends meet; a symmetric cell has one range factor (of its two only
-the larger end's is ever used); ranges are factors of any grid given at the start, so that real zero-points and scales of scales are learned as well;
-gradients are written out, since a graph of elementwise operations costs more than the layers' own products.
+the larger end's is ever used); ranges are factors of any grid given at the start, so that real zero-points and scales
+of scales are learned as well; gradients are written out, since a graph of elementwise operations costs more than the
+layers' own products.
 """
 
 from dataclasses import dataclass, replace
