@@ -24,9 +24,12 @@ class Allocator:
     about: str = ""
 
 
+CPTQUANT = ("cmpq", "pmpq", "tdmpq")
 ALLOCATORS: dict[str, Allocator] = {
     **{name: Allocator(name) for name in SENSITIVITIES},
     "hawq-v2-monotone": Allocator("hawq-v2", "hawq-v2", "as published: bits fall with the mean trace"),
+    "augmented": Allocator("augmented", "pairwise", "second order with couplings, local search by flips and swaps"),
+    **{f"{name}-clusters": Allocator(name, "clusters", "as published: clusters of blocks") for name in CPTQUANT},
     "zeroq": Allocator("kl", "dp", "KL of one unit at a time, dynamic programming"),
 }
 

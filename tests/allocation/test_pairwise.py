@@ -1,5 +1,6 @@
 """Pairs: the local search finds what exhaustive search finds, or comes close, and never leaves the budget."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -19,14 +20,14 @@ def drawn(seed: int, units: int = 6) -> tuple[Problem, dict[int, np.ndarray]]:
     scores = np.diag(hessian)[:, None] * sizes**2 / 2
     pairs = {p: hessian * sizes[p] ** 2 for p in range(3)}
     cost = np.tile([2.0, 4.0, 8.0], (units, 1))
-    return Problem(scores, {"size": cost}, {"size": 4.0 * units}), pairs
+    return Problem(scores, {"size": cost}, {"size": 4.0 * units}, None, pairs), pairs
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_search_is_close_to_the_best_of_all_and_no_worse_than_without_pairs(seed: int) -> None:
     problem, pairs = drawn(seed)
     costs = pair_costs(pairs, problem.scores.shape)
-    found = pairwise(problem, pairs)
+    found = pairwise(problem)
     assert problem.fits(found.choice)
     assert found.score == pytest.approx(pair_score(problem, costs, found.choice))
     every = [one for one in product(range(3), repeat=6) if problem.fits(one)]
@@ -39,7 +40,7 @@ def test_pairs_change_the_choice_in_some_cases_and_a_score_is_the_quadratic_form
     changed = 0
     for seed in range(12):
         problem, pairs = drawn(seed)
-        changed += pairwise(problem, pairs).choice != knapsack(problem).choice
+        changed += pairwise(problem).choice != knapsack(problem).choice
         moved = np.array([1.0, 0.3, 0.1])[[0, 1, 2, 2, 1, 0]]
         form = moved @ pairs[0] @ moved / 2
         costs = pair_costs(pairs, problem.scores.shape)
@@ -50,7 +51,7 @@ def test_pairs_change_the_choice_in_some_cases_and_a_score_is_the_quadratic_form
 
 def test_without_pairs_it_is_the_knapsack_and_signs_that_differ_cost_nothing() -> None:
     problem, _ = drawn(0)
-    assert pairwise(problem, {}).choice == knapsack(problem).choice
+    assert pairwise(replace(problem, pairs={})).choice == knapsack(problem).choice
     costs = pair_costs({0: np.array([[0, 4.0], [4.0, 0]]), 1: np.array([[0, -1.0], [-1.0, 0]])}, (2, 3))
     assert costs[0, 0, 1, 0] == 4 and costs[0, 1, 1, 1] == -1
     assert costs[0, 0, 1, 1] == 0 and costs[0, 2, 1, 0] == 0

@@ -40,13 +40,13 @@ def pair_score(problem: Problem, costs: Float[np.ndarray, "u p u p"], choice: tu
     return problem.score(choice) + math.fsum(taken.flatten()) / 2
 
 
-def pairwise(problem: Problem, pairs: Mapping[int, Float[np.ndarray, "u u"]]) -> Solution:
+def pairwise(problem: Problem) -> Solution:
     """The choice that no change of one unit, and no exchange of two units' options, makes better within the budgets.
 
     Raises:
         InputError: no choice meets all budgets.
     """
-    costs = pair_costs(pairs, (len(problem.scores), problem.scores.shape[1]))
+    costs = pair_costs(problem.pairs, (len(problem.scores), problem.scores.shape[1]))
     choice = knapsack(problem).choice
     for _ in range(_ROUNDS):
         moved = _best_move(problem, costs, choice)

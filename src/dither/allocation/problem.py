@@ -5,7 +5,7 @@ minimise Σ_u scores[u, choice_u] subject to Σ_u costs_r[u, choice_u] ≤ budge
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -20,13 +20,15 @@ _ROUNDING = 1e-12  # of a budget: sums of fractional costs differ by this in ano
 class Problem:
     """Scores and costs of each unit and option, and a budget for each resource; infinite scores cannot be chosen.
 
-    `priority` is there for solvers that order units (largest first).
+    `priority` is there for solvers that order units (largest first), `pairs` for those that look at what units with the
+    same option cost together beyond their scores.
     """
 
     scores: Float[np.ndarray, "u p"]
     costs: Mapping[str, Float[np.ndarray, "u p"]]
     budgets: Mapping[str, float]
     priority: Float[np.ndarray, " u"] | None = None
+    pairs: Mapping[int, Float[np.ndarray, "u u"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that the problem makes sense and that each budget alone can be met.

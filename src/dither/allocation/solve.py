@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 
 from dither.allocation.allocation import Allocation
+from dither.allocation.clusters import clustered
 from dither.allocation.frontier import dynamic
 from dither.allocation.knapsack import knapsack
 from dither.allocation.lagrangian import lagrangian
 from dither.allocation.monotone import monotone
+from dither.allocation.pairwise import pairwise
 from dither.allocation.problem import Problem, Solver
 from dither.allocation.table import SIZE, ScoreTable
 from dither.allocation.uniform import uniform
@@ -18,6 +20,8 @@ SOLVERS: dict[str, Solver] = {
     "dp": dynamic,
     "hawq-v2": monotone,
     "uniform": uniform,
+    "pairwise": pairwise,
+    "clusters": clustered,
 }
 
 
@@ -39,7 +43,7 @@ def problem_of(table: ScoreTable, budgets: Mapping[str, float]) -> Problem:
         InputError: a budget that cannot be met; the message says what can, and what share of the model is fixed.
     """
     try:
-        return Problem(table.scores, table.costs, budgets, table.priority)
+        return Problem(table.scores, table.costs, budgets, table.priority, table.pairs)
     except InputError as error:
         raise InputError(f"{error}{_in_bits(table, budgets)}") from None
 

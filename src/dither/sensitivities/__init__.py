@@ -6,17 +6,27 @@ from typing import Any
 
 from dither.errors import InputError, nearest
 from dither.recipe import read_setting
+from dither.sensitivities.augmented import Augmented
+from dither.sensitivities.baq import EqualLoss
 from dither.sensitivities.base import Sensitivity
+from dither.sensitivities.cmpq import CMPQ
 from dither.sensitivities.error import OutputError
 from dither.sensitivities.fisher import Fisher
 from dither.sensitivities.hawq import HawqV2
 from dither.sensitivities.kl import KL
+from dither.sensitivities.pmpq import PMPQ
+from dither.sensitivities.tdmpq import TDMPQ
 
 SENSITIVITIES: dict[str, Callable[..., Sensitivity]] = {
     "hawq-v2": HawqV2,
     "kl": KL,
     "fisher": Fisher,
     "error": OutputError,
+    "baq": EqualLoss,
+    "cmpq": CMPQ,
+    "pmpq": PMPQ,
+    "tdmpq": TDMPQ,
+    "augmented": Augmented,
 }
 
 
