@@ -14,6 +14,7 @@ from dither.cli.options import (
     Length,
     Model,
     Quiet,
+    RayAddress,
     Seed,
     Workers,
     chosen_device,
@@ -69,6 +70,9 @@ Among = Annotated[
                  "percentile,mse), granularity (tensor,channel,g64), ends (quantized,int8,kept) or samples (8,32,128).",
                  show_default=False, rich_help_panel=_SPACE),
 ]  # fmt: skip
+TrialEngine = Annotated[
+    str, typer.Option("--engine", metavar="NAME", help="Where `--workers` trials run at once: local or ray.")
+]
 
 
 def tune(
@@ -90,6 +94,8 @@ def tune(
     count: Count = None,
     length: Length = None,
     workers: Workers = 1,
+    engine: TrialEngine = "local",
+    ray_address: RayAddress = None,
     json: Json = False,
     device: Device = None,
     seed: Seed = 0,
@@ -120,7 +126,7 @@ def tune(
                     limits=limit or [], methods=listed(methods), weights=listed(weights),
                     activations=listed(activations), among=_among(among or []), strategy=strategy,
                     earlier=earlier or [], resume=resume, seed=seed, evaluate_count=count, length=length,
-                    device=place, workers=workers, progress=progress,
+                    device=place, workers=workers, run_on=engine, ray_address=ray_address, progress=progress,
                 )  # fmt: skip
         except KeyboardInterrupt as stop:
             if (Path(output) / "trials.jsonl").is_file():

@@ -28,13 +28,15 @@ RETRIES = 5  # of a task whose worker was lost
 class RayTasks:
     """Runs tasks on Ray; functions must be importable by the workers, or picklable by value. Use it in a `with`."""
 
-    def __init__(self, address: str | None = None, workers: int = 1, retries: int = RETRIES) -> None:
+    def __init__(self, address: str | None = None, workers: int = 1, retries: int = RETRIES, gpus: int = 0) -> None:
         """`address` of a running cluster, `auto` for the one of this machine; None starts `workers` for the time.
+
+        Each task has `gpus` GPUs; one that brings tensors from a GPU has one at least.
 
         Raises:
             DependencyError: Ray is not installed.
         """
-        self.address, self.workers, self.retries = address, workers, retries
+        self.address, self.workers, self.retries, self.gpus = address, workers, retries, gpus
         self._ray, self._opened = _ray(), False
 
     def __enter__(self) -> "RayTasks":
@@ -74,14 +76,14 @@ class RayTasks:
         """function(task) for each task, in order; all run at once as far as there are workers.
 
         Raises:
-            InputError: tensors of a task are on a GPU and the cluster has none, or workers have another software.
+            InputError: tasks need a GPU and the cluster has none, or workers have another software.
             WorkerError: workers died under a task again and again.
         """
         shipment = Shipment(self._ray)
         parcels = [shipment.parcel(task) for task in tasks]
-        if shipment.device is not None and not self._ray.cluster_resources().get("GPU"):
-            raise InputError("layers are on a GPU, but the Ray cluster has none; use --device cpu, or add a GPU node")
-        gpus = 0 if shipment.device is None else 1
+        gpus = max(self.gpus, 0 if shipment.device is None else 1)
+        if gpus and not self._ray.cluster_resources().get("GPU"):
+            raise InputError("tasks need a GPU, but the Ray cluster has none; use --device cpu, or add a GPU node")
         remote = self._ray.remote(_run).options(max_retries=self.retries, num_cpus=1, num_gpus=gpus)
         shared = self._ray.put((function, software()))
         pending = [remote.remote(shared, rest, forms, *refs) for rest, forms, refs in parcels]

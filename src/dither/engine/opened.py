@@ -41,7 +41,8 @@ def opened(
         with Ranks(device) as ranks:
             yield ranks
     elif engine == "ray":
-        with RayTasks(ray_address, workers) as tasks:
+        gpus = int(device is not None and torch.device(device).type == "cuda")
+        with RayTasks(ray_address, workers, gpus=gpus) as tasks:
             yield tasks
     elif workers > 1:
         with ProcessPool(workers) as pool:

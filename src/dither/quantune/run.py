@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 from torch import nn
 
 from dither.data import DataSet
-from dither.engine.local import Engine, InProcess, engine
+from dither.engine.local import Engine, InProcess
+from dither.engine.opened import opened
 from dither.errors import DitherError, InputError
 from dither.evaluation.exam import BATCH
 from dither.quantune.bench import Bench
@@ -54,7 +54,8 @@ def tune(
     batch_size: int = BATCH,
     device: str | torch.device | None = None,
     workers: int = 1,
-    run_on: Engine | None = None,
+    run_on: Engine | str = "local",
+    ray_address: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Try `trials` configurations of a model, write each to `output/trials.jsonl`, save the best in `output/best`.
@@ -63,8 +64,8 @@ def tune(
     Without `data`, `calibration` is split. `objective` is accuracy, perplexity, kl or size (by default accuracy of
     labelled pictures, perplexity of text, else kl); `limits` are texts such as `size=20MB`. `methods` (all that fit),
     `weights` and `activations` are chosen among, as are the values of other dimensions that `among` gives. `earlier`
-    are trials of other models, which the surrogate begins with. `workers` trials run at once, on processes or on what
-    `run_on` reaches; a killed run goes on with `resume`, also to more trials.
+    are trials of other models, which the surrogate begins with. `workers` trials run at once, on processes, Ray or
+    what else `run_on` reaches; a killed run goes on with `resume`, also to more trials.
 
     Raises:
         InputError: data overlap, nothing fits, or the folder is in use.
@@ -89,7 +90,7 @@ def tune(
     how = {"strategy": strategy, "seed": seed, "number of trials at once": workers}
     journal = Journal(folder / FILE, problem.header({**how, "earlier trials": _digests(earlier)}), resume)
     ledger = Ledger(problem, journal, seed, trials, progress)
-    with _running(workers, run_on) as pool:
+    with opened(run_on, workers, place, ray_address) as pool:
         run_trials = partial(run_each, pool, bench)
         found = search(searcher, trials, ledger.task, run_trials, ledger.judge, ledger.known(), workers)
     ended = [f"all {len(found)} configurations of the space were tried"] if len(found) < trials else []
@@ -185,16 +186,3 @@ def _digests(earlier: Sequence[str | Path]) -> list[str]:
     """Of the journals that are learned from."""
     files = [Path(path) / FILE if Path(path).is_dir() else Path(path) for path in earlier]
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-
-
-@contextmanager
-def _running(workers: int, run_on: Engine | None) -> Iterator[Engine]:
-    if run_on is not None:
-        yield run_on
-        return
-    pool = engine(workers)
-    if isinstance(pool, InProcess):
-        yield pool
-        return
-    with pool:
-        yield pool
