@@ -72,10 +72,8 @@ def tune(
         ResumeError: the trials that are there are of another run.
         DitherError: no trial succeeded, or none kept the limits; what was measured is in the report.
     """
-    if trials < 1:
-        raise InputError(f"expected at least 1 trial, got {trials}")
     wanted = read_limits(limits)  # what is wrong with a text is said before any work
-    check_strategy(strategy, bool(earlier))
+    _check_search(trials, strategy, bool(earlier))
     journals = [read_journal(path) for path in earlier]
     folder, place = Path(output), str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_folder(folder, resume)
@@ -102,6 +100,12 @@ def tune(
         "notes": [*sets.notes, *problem.choices.notes, *learned, *ended],
     }  # fmt: skip
     return _finish(report, found, ledger, folder)
+
+
+def _check_search(trials: int, strategy: str, lessons: bool) -> None:
+    if trials < 1:
+        raise InputError(f"expected at least 1 trial, got {trials}")
+    check_strategy(strategy, lessons)
 
 
 def _finish(report: dict[str, Any], found: Sequence[Trial], ledger: Ledger, folder: Path) -> Report:
