@@ -8,14 +8,19 @@ from dither.cli.options import Debug, Json, Quiet
 from dither.cli.terminal import Terminal
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL.onnx", help="A quantized ONNX model in the QDQ form.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A quantized ONNX model (QDQ form), or a folder of dither's.", show_default=False
+    ),
 ]
 To = Annotated[
     str,
     typer.Option(metavar="SCHEME", help="int8:tensor, int8:channel, either with :pow2 for power-of-two scales.",
                  show_default=False),
 ]  # fmt: skip
-File = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="New .onnx file.", show_default=False)]
+File = Annotated[
+    str, typer.Option("--output", "-o", metavar="FILE", help="New .onnx file, or folder.", show_default=False)
+]
 
 
 def requantize(
@@ -35,13 +40,16 @@ def requantize(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Change the scheme of a model that another tool quantized: no zero-points, power-of-two scales; without data.
+    """Change the scheme of a model that is quantized already, by another tool or by dither, without data.
 
-    Ranges come with the model. The result is compared with the quantized model that it came from.
+    The new scheme has no zero-points, and power-of-two scales if you like. Ranges come with the model. The result is
+    compared with the quantized model that it came from.
 
     Examples:
 
         dither requantize mobilenet-uint8.onnx --to int8:tensor:pow2 -o mobilenet-pow2.onnx
+
+        dither requantize resnet-int8/ --to int8:tensor:pow2 -o resnet-pow2/
     """
     with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
         from dither.export.onnx_packages import check_packages

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from jaxtyping import Float
 
 from dither.errors import InputError, StorageError
 from dither.export.graph import Graph
 from dither.export.quantized_graph import activations, layers, read_model
 from dither.export.requantize_onnx import (
+    RANGE,
     Parts,
     Pixels,
     Progress,
@@ -21,6 +23,7 @@ from dither.export.requantize_onnx import (
     requantized,
 )
 from dither.formats.spec import QuantSpec
+from dither.requantization import Settings, requantize_result
 from dither.storage import writing
 
 DRAWN = 32  # pictures on which means and differences are measured
@@ -37,7 +40,9 @@ def requantize(
     pixels: Pixels | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write a quantized ONNX model (QDQ form) in a symmetric scheme such as int8:channel or int8:tensor:pow2.
+    """Write a quantized model in a symmetric scheme such as int8:channel or int8:tensor:pow2.
+
+    The model is an ONNX file in the QDQ form, and `output` one; or a folder that dither wrote, and `output` another.
 
     Activations that are never negative stay unsigned unless `unsigned` is off. `pixels` are what the model takes
     [n, c, h, w], to measure means on; without, pictures with the spectrum of natural ones are drawn.
@@ -50,10 +55,8 @@ def requantize(
     spec = QuantSpec.parse(to)
     check_target(spec)
     if source.is_dir():
-        raise InputError(
-            f"{str(source)!r} is a folder: export it with --to onnx-qdq and requantize its model.onnx, or quantize the "
-            "original anew"
-        )
+        settings = Settings(spec, correct_weights, fold_errors, unsigned)
+        return requantize_result(source, file, settings, lambda shape: _of_shape(shape, pixels), progress)
     original = read_model(source)
     if file.exists() or file.suffix != ".onnx":
         raise InputError(f"expected a new file ending in .onnx as output, got {str(file)!r}")
@@ -76,6 +79,12 @@ def requantize(
         "notes": remarks,
         **compared,
     }
+
+
+def _of_shape(shape: tuple[int, ...], pixels: Pixels | None) -> Float[torch.Tensor, "b c h w"]:
+    channels, height, width = shape
+    drawn = pictures_like_nature((DRAWN, channels, height, width), *RANGE) if pixels is None else pixels
+    return torch.from_numpy(drawn)
 
 
 def _drawn(model: onnx.ModelProto, name: str) -> Pixels:

@@ -24,6 +24,7 @@ from dither.formats.spec import QuantSpec
 from dither.transforms.requantize import activation_scale, folded_bias, highest, weight_codes, weight_scale
 
 _INT32 = 2**31 - 1
+RANGE = (-2.0, 2.0)  # of pictures that are normalized by their mean and standard deviation
 Pixels = Float[np.ndarray, "b c h w"]
 Progress = Callable[[str, int, int], None]
 
@@ -120,7 +121,7 @@ def input_range(model: onnx.ModelProto) -> tuple[float, float]:
     for quantizer in activations(graph):
         if quantizer.node.input[0] == entry:
             return quantizer.low, quantizer.high
-    return -2.0, 2.0
+    return RANGE
 
 
 def measured(
