@@ -122,8 +122,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Re-quantization (MRQ)",
         "",
-        "Written by `benchmarks/requantize.py`: models in asymmetric uint8 by ONNX Runtime's quantizer, with a scale",
-        f"a tensor or a channel of weights, re-quantized without data; top-1 on {', '.join(map(str, counts))} pictures.",
+        "Written by `benchmarks/requantize.py`: models in asymmetric uint8 by ONNX Runtime's quantizer, with a scale a",
+        f"tensor or a channel of weights, re-quantized without data. Top-1 on {', '.join(map(str, counts))} pictures.",
         "The drop is in points against the source quantized model, for neither, either and both of MRQ's parts.",
         "",
         "| model | source scale a | full precision | source | target | " + " | ".join(PARTS) + " |",
