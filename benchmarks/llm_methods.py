@@ -61,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="labels, or LABEL=METHOD@FORMAT")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], help="for formats that leave them open")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="for draws that are run apart and merged")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
     parser.add_argument("--windows", type=int, default=0, help="evaluation windows; 0 for all")
@@ -80,7 +81,7 @@ def arguments() -> argparse.Namespace:
 
 def jobs(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What to run, the cheap first seed of everything before the second of anything."""
-    for seed in range(given.seeds):
+    for seed in draws(given):
         for bits in given.bits:
             for text in given.methods:
                 label, equals, rest = text.partition("=")
@@ -96,6 +97,11 @@ def jobs(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     yield {"label": label, "method": method, "weights": weights.format(bits=bits), "seed": seed}
 
 
+def draws(given: argparse.Namespace) -> range:
+    """The seeds of the calibration draws."""
+    return range(given.first_seed, given.first_seed + given.seeds)
+
+
 class Bench:
     """Full precision measured once, then one quantization a process, so that memory is each run's own."""
 
@@ -107,10 +113,10 @@ class Bench:
         network = open_network(given.model, given.device)
         text, known = open_text(given.evaluation), open_text(given.calibration)
         self.windows = text.windows(network.tokenizer, given.window_length, given.windows or None)
-        self.calibration = [
-            known.sample(network.tokenizer, given.length, given.samples, seed, given.samples)
-            for seed in range(given.seeds)
-        ]
+        self.calibration = {
+            seed: known.sample(network.tokenizer, given.length, given.samples, seed, given.samples)
+            for seed in draws(given)
+        }
         self.parameters = sum(p.numel() for p in network.model.parameters())
         self.fp_perplexity = self.perplexity(network.model)
 
