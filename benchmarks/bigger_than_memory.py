@@ -1,6 +1,6 @@
-"""Quantize a Llama of 7B shape block by block and measure the peak memory; writes docs/results/bigger_than_memory.*.
+"""Quantize a Llama of 7B shape block by block, measure the peak memory; writes docs/results/bigger_than_memory.*.
 
-    python benchmarks/bigger_than_memory.py [--layers 3] [--samples 2] [--tokens 512] [--work FOLDER]
+    python benchmarks/bigger_than_memory.py [--layers 3] [--samples 2] [--tokens 512] [--methods rtn] [--work FOLDER]
 
 The weights are random (bf16, written shard by shard), as memory and time do not depend on their values. Every method
 runs in a process of its own, whose peak resident memory the operating system counts, saving and verification
@@ -60,13 +60,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--out", type=Path, default=RESULTS / "bigger_than_memory")
     parser.add_argument("--work", default=None, help="a folder with room for the weights (default: a temporary one)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.work, prefix="bigger-than-memory-") as work:
         model = Path(work) / "model"
         size = make_model(model, given.layers)
-        runs = {name: measure(name, model, Path(work) / name, given) for name in given.methods.split(",")}
-    write(given, size, runs)
+        runs: dict[str, dict[str, Any]] = {}
+        for name in given.methods.split(","):
+            runs[name] = measure(name, model, Path(work) / name, given)
+            write(given, size, runs)  # what took long is not lost to what comes after it
 
 
 def make_model(folder: Path, layers: int) -> int:
@@ -128,8 +131,8 @@ def write(given: argparse.Namespace, size: int, runs: dict[str, dict[str, Any]])
         "calibration": {"samples": given.samples, "tokens": given.tokens},
         "limit_bytes": LIMIT, "formats": METHODS, "runs": runs,
     }  # fmt: skip
-    (RESULTS / "bigger_than_memory.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (RESULTS / "bigger_than_memory.md").write_text(table(facts))
+    given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    given.out.with_suffix(".md").write_text(table(facts))
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -137,7 +140,8 @@ def table(facts: dict[str, Any]) -> str:
     layers = facts["model"]["layers"]
     rows = [
         f"| {name} {facts['formats'][name]} | {gib(run['expected'])} | {gib(run['before'])} | **{gib(run['peak'])}** "
-        f"| {run['block_s']:.0f} s | {run['time_s'] / 60:.1f} min | {run['whole_s'] / 60:.0f} min |"
+        f"| {run['block_s']:.0f} s | {run['time_s'] / 60:.1f} min | {run['cpu_s'] / 60:.1f} min "
+        f"| {run['whole_s'] / 60:.0f} min |"
         for name, run in facts["runs"].items()
     ]
     whole = "measured" if layers >= LAYERS else f"extrapolated from {layers} blocks"
@@ -150,8 +154,8 @@ block on {cores} cores of a machine with {gib(memory)}. Its weights in float32 a
 {layers} of its {LAYERS} blocks were run; memory does not grow with their number.
 Calibration: {samples} × {tokens} random tokens, activations over 4 MiB on disk.
 
-| method | planned | Python and torch alone | peak resident memory | a block | run | all {LAYERS} blocks, {whole} |
-|---|---|---|---|---|---|---|
+| method | planned | Python and torch alone | peak memory | a block | run | processor | {LAYERS} blocks, {whole} |
+|---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 The peak is the operating system's count for the whole process, saving and verification included; the limit asked for

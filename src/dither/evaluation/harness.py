@@ -98,7 +98,7 @@ def _evaluated(network: Network, tasks: Tasks) -> Mapping[str, Any]:
                 log_samples=False, bootstrap_iters=0,
                 random_seed=0, numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0,
             )  # fmt: skip
-    except (OSError, ConnectionError, ValueError, KeyError) as error:  # what data that cannot be had raises
+    except (OSError, ValueError, KeyError, TypeError) as error:  # data that cannot be had, a tokenizer without an end
         raise InputError(f"lm-eval cannot run {', '.join(tasks.names)}: {error}") from error
     finally:
         cache_weights(network.model, cached=False)
