@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import dither
 from dither.calibrate import LayerTask, measure, quantize_operands, reparameterize
 from dither.formats.spec import QuantSpec
+from dither.methods import GPTQ
 from dither.models.anatomy import read_anatomy
 from dither.models.network import Network
 from dither.nn.linear import QuantizedLinear
@@ -196,3 +197,23 @@ def test_weight_and_bias_are_joined_in_the_precision_of_the_gram() -> None:
     assert task.columns == 3
     assert task.with_bias().shape == (2, 4)
     assert task.with_bias().dtype == torch.float64
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_gram_of_a_convolution_is_of_what_it_multiplies_and_padding_stays_zero(groups: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=groups), nn.Flatten(), nn.Linear(144, 2)).eval()
+    pixels = torch.rand(5, 4, 6, 6) + 1  # a range that does not hold zero
+    inputs = "int3:tensor:asym:minmax"
+    method = GPTQ(weights="int8:minmax", activations=inputs, entry_activations=inputs)  # type: ignore[arg-type]
+    result = dither.quantize(model, method, pixels)
+    layer = result.model[0]
+    seen = layer.quantize_input(pixels)
+    true, found = (
+        model[0](pixels),
+        torch.nn.functional.conv2d(seen, layer.weight.reshape(4, -1, 3, 3), layer.bias, 1, 1, 1, groups),
+    )
+    error = float(((found - true).square().sum() / true.square().sum()).detach())
+    row = result.report.data["layers"][0]
+    assert row["output_error"] == pytest.approx(error, rel=1e-3)
+    assert "tries" in row["notes"]  # no nearest rounding for grouped convolutions any more

@@ -15,12 +15,13 @@ from dither.folding import bias_of, fold_link
 from dither.formats.activation import Scales, covered_range, fit_activation
 from dither.formats.qtensor import QTensor
 from dither.formats.spec import QuantSpec
-from dither.models.layers import has_gram
+from dither.models.layers import groups_of
 from dither.models.links import Link
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.attention import AttentionOperands
 from dither.statistics.extremes import MinMax
 from dither.statistics.gram import Gram
+from dither.statistics.grouped_gram import GroupedGram
 from dither.statistics.sample import RowSample
 from dither.statistics.sensitivity import Sensitivity
 from dither.transforms.equalize import equalization
@@ -38,7 +39,8 @@ ChannelRanges = Callable[[Link, Float[Tensor, "n d"], QuantSpec], Scales]
 class LayerTask:
     """A layer to solve: its weight [o, i], bias and the Gram of its inputs (with ones appended if there is a bias).
 
-    `sensitivity` is there where the method asked the loss for it.
+    A grouped convolution has `grouped` instead, a Gram for each group. `sensitivity` is there where the method asked
+    the loss for it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LayerTask:
     gram: Gram | None
     reparameterized: bool = False
     sensitivity: Sensitivity | None = None
+    grouped: GroupedGram | None = None
 
     @property
     def columns(self) -> int:
@@ -151,12 +154,12 @@ def measure(
     """Fit the input quantizers that are still missing, then accumulate a Gram of each layer's quantized inputs.
 
     `specs` gives the input format of each layer to measure, None where the input stays in full precision. Returns what
-    to solve and every layer's quantizer; layers whose outputs read different inputs have no Gram.
+    to solve and every layer's quantizer; layers whose outputs read different inputs have a Gram for each group.
     """
     quantizers = {name: fitted[name] for name in specs if name in fitted}
     first = _first_reader(block, specs, quantizers)
     readers = list(dict.fromkeys(first.values()))
-    sampled = [name for name in readers if specs[name] is not None or not (grams and has_gram(block.layer(name)))]
+    sampled = [name for name in readers if specs[name] is not None or not grams]
     whose: Inputs = "quantized" if inputs == "both" else inputs
     samples = block.observe(dict.fromkeys(sampled, _sample), whose) if sampled else {}
     for name, spec in specs.items():
@@ -164,23 +167,26 @@ def measure(
             twin = quantizers.get(first[name])
             quantizers[name] = _fit(samples[first[name]].rows, spec) if twin is None else twin.copy()
     observers = {
-        name: partial(_gram, quantizer=quantizers.get(name), ones=block.layer(name).bias is not None)
+        name: partial(
+            _gram, exact=name not in quantizers, ones=block.layer(name).bias is not None,
+            groups=groups_of(block.layer(name)),
+        )
         for name in readers
-        if grams and has_gram(block.layer(name))
-    }
-    found = block.observe(observers, inputs) if observers else {}
+        if grams
+    }  # fmt: skip
+    found = block.observe(observers, inputs, quantizers) if observers else {}
     extremes = {n: one.extremes for n, one in found.items()} | {n: one.extremes for n, one in samples.items()}
     for name in specs:
         seen = extremes[first[name]]
         block.ranges[name] = float(seen.low.amin()), float(seen.high.amax())
     measured = {name: found[first[name]].gram for name in specs if first[name] in found}
-    tasks = [
-        LayerTask(
-            name, block.weight(name), bias_of(block.layer(name)), measured.get(name), name in fitted,
-            block.sensitivities.get(name),
-        )
-        for name in specs
-    ]  # fmt: skip
+    tasks = []
+    for name in specs:
+        gram = measured.get(name)
+        whole, grouped = (gram, None) if not isinstance(gram, GroupedGram) else (None, gram)
+        known = block.sensitivities.get(name)
+        task = LayerTask(name, block.weight(name), bias_of(block.layer(name)), whole, name in fitted, known, grouped)
+        tasks.append(task)
     return tasks, quantizers
 
 
@@ -188,11 +194,12 @@ def measure(
 class _Seen:
     """Gram and range of a layer's inputs."""
 
-    gram: Gram
+    gram: Gram | GroupedGram
     extremes: MinMax
 
     def merge(self, other: "_Seen") -> "_Seen":
-        return _Seen(self.gram.merge(other.gram), self.extremes.merge(other.extremes))
+        gram: Gram | GroupedGram = self.gram.merge(other.gram)  # type: ignore[arg-type]  # both are of one layer
+        return _Seen(gram, self.extremes.merge(other.extremes))
 
 
 def _first_reader(
@@ -252,9 +259,10 @@ def _record(
 ) -> LayerRecord:
     stored, layer = solution.weight.dequantize(torch.float64), block.layer(task.name)
     error = None
-    if task.gram is not None:
+    gram = task.gram if task.grouped is None else task.grouped
+    if gram is not None:
         columns = stored if solution.bias is None else torch.cat([stored, solution.bias[:, None].to(stored)], dim=1)
-        error = task.gram.output_error(task.with_bias(), columns)
+        error = gram.output_error(task.with_bias(), columns)
     power = task.weight.double().square().sum().clamp_min(1e-30)
     nbytes = solution.weight.nbytes + (0 if quantizer is None or quantizer.offset is None else quantizer.offset.nbytes)
     return LayerRecord(
@@ -278,12 +286,14 @@ def _sample(seen: Tensor, original: Tensor) -> RowSample:
     return RowSample.of(seen)
 
 
-def _gram(seen: Tensor, original: Tensor, quantizer: ActivationQuantizer | None, ones: bool) -> _Seen:
+def _gram(seen: Tensor, original: Tensor, exact: bool, ones: bool, groups: int) -> _Seen:
+    """Of inputs that have gone through their quantizer already, unless they are `exact`."""
     wide = seen.detach().float().reshape(-1, seen.shape[-1])
     low, high = wide.amin(dim=0), wide.amax(dim=0)
-    if quantizer is not None:
-        gram = Gram.of(quantizer.approximate(seen.float()), original, ones)
-    elif original is not seen:
+    gram: Gram | GroupedGram
+    if groups > 1:
+        gram = GroupedGram.of(seen, groups, None if original is seen else original, ones)
+    elif original is not seen or not exact:
         gram = Gram.of(seen, original, ones)
     else:
         gram = Gram.of(seen, ones=ones, dtype=torch.float32)

@@ -94,34 +94,45 @@ class Block:
         """The layer's weight as a float32 matrix, checked to be finite."""
         return weight_matrix(self.layer(name), name)
 
-    def observe(self, measures: Mapping[str, Measure[S]], inputs: Inputs = "fp") -> dict[str, S]:
+    def observe(
+        self,
+        measures: Mapping[str, Measure[S]],
+        inputs: Inputs = "fp",
+        quantizers: Mapping[str, ActivationQuantizer] | None = None,
+    ) -> dict[str, S]:
         """Run the batches through the block and accumulate a statistic of each named layer's input.
 
         `inputs` says whose: of the full-precision model, of the quantized prefix, or both as (seen, original); of an
-        expert only what it sees, as the full-precision model routes other tokens to it.
+        expert only what it sees, as the full-precision model routes other tokens to it. What a layer sees has gone
+        through its quantizer where it has one among `quantizers`: before patches are cut, so padding stays zero.
 
         Raises:
             NonFiniteError: NaN or Inf arrives at a layer; the message names it.
             InputError: the walk was started for other inputs.
         """
         self.check(inputs)
-        results = self._observe(measures, inputs)
+        fitted = quantizers or {}
+        results = self._observe(measures, inputs, fitted)
         if unseen := [name for name in measures if name not in results]:
             with everyone_called(self.module, self.reference):
-                results |= self._observe({name: measures[name] for name in unseen}, inputs)
+                results |= self._observe({name: measures[name] for name in unseen}, inputs, fitted)
             self.remarks |= dict.fromkeys(unseen, "the router chose it for no calibration token: measured on all")
         if unseen := [name for name in measures if name not in results]:
             raise InputError(f"{unseen[0]} is not called on any calibration batch; skip it, or give other data")
         return results
 
-    def _observe(self, measures: Mapping[str, Measure[S]], inputs: Inputs) -> dict[str, S]:
+    def _observe(
+        self, measures: Mapping[str, Measure[S]], inputs: Inputs, quantizers: Mapping[str, ActivationQuantizer]
+    ) -> dict[str, S]:
         def parts(seen: dict[str, list[Tensor]], original: dict[str, list[Tensor]]) -> Iterator[tuple[str, S]]:
             for name, measure in measures.items():
                 layer, given = self.layer(name), seen.get(name, [])
                 for x, true in zip(given, given if is_routed(layer) else original[name], strict=True):
-                    rows = input_rows(layer, x)
+                    quantizer = quantizers.get(name)
+                    kept = x if quantizer is None else quantizer.approximate(x.float())
+                    rows = input_rows(layer, kept)
                     try:
-                        yield name, measure(rows, rows if true is x else input_rows(layer, true))
+                        yield name, measure(rows, rows if true is kept else input_rows(layer, true))
                     except NonFiniteError as error:
                         raise NonFiniteError(f"input of {name}: {error}") from None
 

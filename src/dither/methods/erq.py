@@ -25,9 +25,10 @@ from dither.engine.local import Engine
 from dither.formats.fit import fit_uniform
 from dither.formats.grid import Grid
 from dither.formats.qtensor import quantize
-from dither.formats.spec import Kind
+from dither.formats.spec import Kind, QuantSpec
 from dither.methods.base import ActivationSpec, Method
 from dither.solvers.columns import round_by_columns
+from dither.solvers.grouped import absorb_by_group, round_by_columns_in_groups
 from dither.solvers.halves import refine_all, round_by_halves
 from dither.solvers.ridge import absorb_activation_error
 from dither.statistics.gram import Gram
@@ -69,8 +70,7 @@ class ERQ(Method):
         if self.dual and task.reparameterized and spec.granularity == "channel":
             spec = spec.model_copy(update={"dual": True})
         if task.gram is None:
-            grid = fit_uniform(task.weight, spec)
-            return LayerSolution(quantize(task.weight, grid), task.bias, {"rounding": "nearest: grouped convolution"})
+            return self.solve_grouped(task, spec)
         gram, columns = task.gram, task.columns
         lam = self.lam_mean * gram.rows
         weight = absorb_activation_error(task.with_bias(), gram, lam) if self.absorb else task.with_bias()  # Aqer
@@ -79,6 +79,24 @@ class ERQ(Method):
         weight, notes = self.round(weight, gram, grid, columns, lam)  # Wqer
         bias = None if task.bias is None else weight[:, columns].float()
         return LayerSolution(quantize(weight[:, :columns].float(), grid), bias, notes)
+
+    def solve_grouped(self, task: LayerTask, spec: QuantSpec) -> LayerSolution:
+        """A grouped convolution: Aqer and rounding by columns for each group; so few columns are not halved."""
+        columns, gram = task.columns, task.grouped
+        if gram is None:
+            stored = quantize(task.weight, fit_uniform(task.weight, spec))
+            return LayerSolution(stored, task.bias, {"rounding": "nearest: grouped convolution"})
+        lam = self.lam_mean * gram.rows
+        weight = absorb_by_group(task.with_bias(), gram, lam) if self.absorb else task.with_bias().to(gram.quantized)
+        grid = fit_uniform(weight[:, :columns].float(), spec)
+        if self.rounding == "nearest":
+            notes: dict[str, Any] = {}
+        else:
+            weight, notes = round_by_columns_in_groups(weight, gram, grid, columns, self.damping)
+        bias = None if task.bias is None else weight[:, columns].float()
+        return LayerSolution(
+            quantize(weight[:, :columns].float(), grid), bias, {"groups": len(gram.quantized), **notes}
+        )
 
     def round(
         self, weight: Float[Tensor, "o k"], gram: Gram, grid: Grid, columns: int, lam: float

@@ -28,6 +28,7 @@ from dither.formats.spec import QuantSpec
 from dither.methods.base import Method
 from dither.solvers.affine import fit_least_squares
 from dither.solvers.columns import round_by_columns, round_by_groups
+from dither.solvers.grouped import round_by_columns_in_groups
 from dither.solvers.rounders import group_spec
 from dither.walk import Block, Inputs
 
@@ -54,11 +55,17 @@ class GPTQ(Method):
             solve_and_store(block, tasks, quantizers, self.solve, engine)
 
     def solve(self, task: LayerTask) -> LayerSolution:
-        """One layer; without a Gram (grouped convolution) the nearest codes, which the notes say."""
+        """One layer; the groups of a grouped convolution side by side, their columns as they are stored."""
         spec, columns = self.weight_spec(task.name), task.columns
-        if task.gram is None:  # neither an order nor energies
-            stored = quantize(task.weight, fit_grid(task.weight, spec))
-            return LayerSolution(stored, task.bias, {"rounding": "nearest: grouped convolution"})
+        if task.gram is None:
+            grid = fit_grid(task.weight, spec)
+            if task.grouped is None:
+                return LayerSolution(
+                    quantize(task.weight, grid), task.bias, {"rounding": "nearest: grouped convolution"}
+                )
+            inputs = task.grouped.without_bias(columns)
+            weight, found = round_by_columns_in_groups(task.weight, inputs, grid, columns, self.damping)
+            return LayerSolution(quantize(weight.float(), grid), task.bias, dict(found))
         gram = task.gram.quantized[:columns, :columns]
         weight, how = task.weight.to(gram), (columns, self.damping, self.act_order)
         energy = gram.diagonal()

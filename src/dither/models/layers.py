@@ -85,6 +85,11 @@ def has_gram(layer: Layer) -> bool:
     return not isinstance(layer, nn.Conv2d) or layer.groups == 1
 
 
+def groups_of(layer: Layer) -> int:
+    """How many groups of outputs read inputs of their own; 1 but for a grouped convolution."""
+    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+
+
 def input_rows(layer: Layer, x: Tensor) -> Float[Tensor, "*b i"]:
     """The inputs as rows that the weight matrix multiplies: as they are, or patches of a picture."""
     return ConvGeometry(layer).rows(x) if isinstance(layer, nn.Conv2d) else x
