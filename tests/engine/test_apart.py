@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from dither.engine.apart import Form, as_bytes, put_together, take_apart
+from dither.formats.spec import QuantSpec
+from dither.nn.activation import ActivationQuantizer
 from dither.statistics.gram import Gram
 
 
@@ -48,3 +50,14 @@ def test_a_tensor_that_is_held_twice_travels_once_and_is_one_again() -> None:
     assert found.gram.rows == 5
     twice = found.gram.merge(gram)
     assert torch.equal(twice.quantized, 2 * gram.quantized) and twice.cross is twice.quantized
+
+
+def test_the_buffers_of_a_module_are_sent_as_bytes_too() -> None:
+    quantizer = ActivationQuantizer(QuantSpec.parse("int4:tensor:asym")).set((torch.tensor([0.5]), torch.tensor([3.0])))
+    rest, tensors = take_apart([quantizer])
+    assert len(tensors) == len(list(quantizer.buffers())) > 0
+    (found,) = put_together(rest, [tensor.clone() for tensor in tensors])
+    x = torch.linspace(-1, 4, 7)[None]
+    assert torch.equal(found(x), quantizer(x))
+    quantizer.set((torch.tensor([1.0]), torch.tensor([0.0])))
+    assert not torch.equal(found(x), quantizer(x))  # it is another one

@@ -1,8 +1,8 @@
 """Values taken apart into their tensors and the rest, so that tensors travel as plain bytes between processes.
 
-Every statistic, task and solution is a nest of dataclasses, tuples, lists and dicts around tensors. The tensors are the
-bulk; what is left is small. A tensor that a nest holds twice (a Gram that is its own cross product, the Gram that
-query, key and value share) travels once and is one tensor again on the other side.
+Every statistic, task and solution is a nest of dataclasses, modules, tuples, lists and dicts around tensors. The
+tensors are the bulk; what is left is small. A tensor that a nest holds twice (a Gram that is its own cross product, the
+Gram that query, key and value share) travels once and is one tensor again on the other side.
 """
 
 import copy
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
 def _is_nest(item: Any) -> bool:
     if isinstance(item, Slot | Form | type):
         return False
-    return is_dataclass(item) or type(item) in (list, tuple, dict)
+    return is_dataclass(item) or isinstance(item, nn.Module) or type(item) in (list, tuple, dict)
 
 
 def _with_parts(item: Any, rebuild: Callable[[Any], Any]) -> Any:
@@ -98,6 +98,10 @@ def _with_parts(item: Any, rebuild: Callable[[Any], Any]) -> Any:
     if isinstance(item, list | tuple):
         return type(item)(rebuild(part) for part in item)
     twin = copy.copy(item)
+    if isinstance(item, nn.Module):  # such as the quantizer of an input; parameters are not sent about
+        for name in ("_buffers", "_modules"):
+            twin.__dict__[name] = rebuild(item.__dict__[name])
+        return twin
     for name, part in _fields(item):
         object.__setattr__(twin, name, rebuild(part))  # frozen or not: the twin is nobody else's yet
     return twin

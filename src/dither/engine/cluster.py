@@ -103,7 +103,9 @@ class RayTasks:
             raise error.cause from None
         except self._ray.exceptions.RayError as error:
             reason = str(error).splitlines()[0]
-            raise WorkerError(f"a task was lost {self.retries + 1} times: {reason}; look at Ray's logs") from None
+            raise WorkerError(
+                f"a task lost its worker in each of {self.retries + 1} tries: {reason}; look at Ray's logs"
+            ) from None
         result = put_together(rest, arrived(forms, data, shipment.device))
         if isinstance(result, Failed):
             raise result.error

@@ -57,6 +57,7 @@ class BAQ(Method):
     """Column-by-column rounding at a mean width; `damping` is in units of the mean diagonal of the Gram."""
 
     name: ClassVar[str] = "baq"
+    shards: ClassVar[bool] = True
     kinds: ClassVar[tuple[Kind, ...]] = ("int", "mix")
     adds: ClassVar[tuple[str, ...]] = ("columns of different widths",)
     weights: MixedSpec = Field(default="int4", description="what layers are stored as; its bits are a mean")  # type: ignore[assignment]

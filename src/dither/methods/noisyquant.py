@@ -44,6 +44,7 @@ class NoisyQuant(Method):
     """Noise on the inputs of linear layers; `widest` is the largest reach tried, in steps of the grid."""
 
     name: ClassVar[str] = "noisyquant"
+    shards: ClassVar[bool] = True
     kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint")
     adds: ClassVar[tuple[str, ...]] = ("noise that is added to inputs",)
     inputs_as: ClassVar[str] = _INPUTS

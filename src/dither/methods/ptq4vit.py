@@ -41,6 +41,7 @@ class PTQ4ViT(Method):
     """Searched symmetric ranges and twins; `lowest` and `highest` are shares of the range of the extremes."""
 
     name: ClassVar[str] = "ptq4vit"
+    shards: ClassVar[bool] = True
     kinds: ClassVar[tuple[Kind, ...]] = ("int", "mxint")
     inputs_as: ClassVar[str] = _INPUTS
 

@@ -42,6 +42,7 @@ class UDFC(Method):
     """Pruning and rounding, absorbed by the next layer; needs no data where activations are kept."""
 
     name: ClassVar[str] = "udfc"
+    shards: ClassVar[bool] = True
     weights: WeightSpec = Field(default=QuantSpec.parse("int6:channel:sym:minmax"), description="what layers become")
     prune: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="share of channels to remove")
     absorb: bool = Field(default=True, description="false: prune and round, and let nothing make up for it")
