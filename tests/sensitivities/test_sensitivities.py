@@ -22,6 +22,7 @@ from dither.provenance import model_sha256
 from dither.sensitivities import SENSITIVITIES, parse_sensitivity
 from dither.sensitivities.hawq import HawqV2
 from dither.sensitivities.kl import KL
+from dither.sensitivities.quadratic import fisher_noise
 from dither.sensitivity import measure
 
 FORMATS = ("int2:channel:asym:minmax", "int4:channel:asym:minmax", "none")
@@ -41,7 +42,7 @@ def stored(weight: torch.Tensor, text: str) -> torch.Tensor:
     return quantize(weight, fit_grid(weight, QuantSpec.parse(text))).dequantize()
 
 
-@pytest.mark.parametrize("name", ["kl", "fisher", "error", "hawq-v2+probes=2"])
+@pytest.mark.parametrize("name", ["kl", "fisher", "quadratic", "error", "hawq-v2+probes=2"])
 def test_a_measurement_leaves_the_model_as_it_was_and_more_bits_cost_less(name: str, odd_table: Any) -> None:
     _, table = odd_table(name)
     again = odd_table(name)[1]
@@ -203,7 +204,7 @@ def test_traces_of_inputs_of_a_batch_are_the_mean_of_those_of_its_samples(odd: C
     assert abs(float(values.mean()) - both) < 3 * float(values.std()) / 200**0.5
 
 
-@pytest.mark.parametrize("name", ["kl", "fisher", "error", "hawq-v2+probes=2"])
+@pytest.mark.parametrize("name", ["kl", "fisher", "quadratic", "error", "hawq-v2+probes=2"])
 def test_formats_of_inputs_cost_too(name: str, odd_table: Any) -> None:
     _, table = odd_table(name, ["int4/int2:tensor:asym:minmax", "int4/int8:tensor:asym:minmax", "int4"])
     assert (table.scores[:, 0] > table.scores[:, 1]).all()
@@ -212,7 +213,7 @@ def test_formats_of_inputs_cost_too(name: str, odd_table: Any) -> None:
     assert table.options[0].activations == QuantSpec.parse("int2:tensor:asym:minmax")
 
 
-@pytest.mark.parametrize("name", ["kl", "fisher", "error", "hawq-v2+probes=3"])
+@pytest.mark.parametrize("name", ["kl", "fisher", "quadratic", "error", "hawq-v2+probes=3"])
 def test_a_killed_measurement_goes_on_where_it_was(
     name: str, odd_table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,3 +349,22 @@ def test_a_model_larger_than_memory_can_be_measured_by_output_errors(tiny: Calla
     for name in ("kl", "fisher", "hawq-v2"):
         with pytest.raises(InputError, match="gradients need all weights|read block by block"):  # noqa: RUF043
             measure(tmp_path / "llama", name, batches, stream=True, **how)
+
+
+def test_small_errors_cost_the_divergence_that_is_predicted_to_second_order(odd_table: Any) -> None:
+    options = ["int8:channel:asym:minmax", "int6:channel:asym:minmax"]
+    measured, predicted = odd_table("kl", options)[1], odd_table("quadratic+draws=300", options)[1]
+    assert predicted.errors is not None
+    np.testing.assert_array_less(
+        np.abs(predicted.scores - measured.scores), 4 * predicted.errors + 0.05 * measured.scores
+    )
+    np.testing.assert_array_less(predicted.errors, 0.2 * predicted.scores)
+
+
+def test_noise_has_the_covariance_of_the_softmax() -> None:
+    logits = torch.tensor([[1.0, -0.5, 0.3]])
+    generator = torch.Generator().manual_seed(0)
+    v = fisher_noise(logits.expand(20000, 3), generator)
+    p = logits.softmax(1)[0]
+    torch.testing.assert_close(v.T @ v / len(v), torch.diag(p) - torch.outer(p, p), rtol=0, atol=0.01)
+    torch.testing.assert_close(v.sum(1), torch.zeros(len(v)), rtol=0, atol=1e-6)

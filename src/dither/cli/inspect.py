@@ -17,8 +17,8 @@ Coverage = Annotated[bool, typer.Option("--coverage", help="Only what is quantiz
 _MEASURE = "Which layers hurt"
 Sensitivity = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Measure what formats cost: hawq-v2, kl, fisher or error.", show_default=False,
-                 rich_help_panel=_MEASURE),
+    typer.Option(metavar="NAME", help="Measure what formats cost, by kl, quadratic, hawq-v2, fisher, error, …",
+                 show_default=False, rich_help_panel=_MEASURE),
 ]  # fmt: skip
 Data = Annotated[
     str | None,

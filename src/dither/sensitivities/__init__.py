@@ -15,12 +15,14 @@ from dither.sensitivities.fisher import Fisher
 from dither.sensitivities.hawq import HawqV2
 from dither.sensitivities.kl import KL
 from dither.sensitivities.pmpq import PMPQ
+from dither.sensitivities.quadratic import Quadratic
 from dither.sensitivities.tdmpq import TDMPQ
 
 SENSITIVITIES: dict[str, Callable[..., Sensitivity]] = {
     "hawq-v2": HawqV2,
     "kl": KL,
     "fisher": Fisher,
+    "quadratic": Quadratic,
     "error": OutputError,
     "baq": EqualLoss,
     "cmpq": CMPQ,

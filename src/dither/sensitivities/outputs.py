@@ -1,0 +1,96 @@
+"""The error that each option makes in each layer's output, beside the gradient there: one backward pass for all."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dither.errors import NonFiniteError
+from dither.folding import replaced_weight
+from dither.formats.qtensor import QTensor
+from dither.models.layers import given_input
+from dither.sensitivities.base import Measured, Probe, rounded
+from dither.sensitivities.swap import Quantizers, quantizer_of
+
+Rows = dict[str, list[float]]  # layer → a number for each option
+Codes = dict[tuple[str, int], QTensor]
+Reduce = Callable[[Tensor, Tensor], Tensor]  # (gradient, error), both of an output's shape → one number
+
+
+def stored_codes(probe: Probe) -> Codes:
+    """Every layer's codes as every option, a byte a weight; dequantized whenever they are needed."""
+    found = {}
+    for number, unit in enumerate(probe.units):
+        for name in unit.layers:
+            for place in probe.can(number):
+                if (spec := probe.options[place].weights) is not None:
+                    found[name, place] = rounded(probe.weight(name), spec)
+        probe.say("rounding", number + 1, len(probe.units))
+    return found
+
+
+def weighed_errors(
+    probe: Probe, batch: Any, loss: Callable[[Any], Tensor], reduce: Reduce, stored: Codes, quantizers: Quantizers
+) -> Rows:
+    """`reduce` of the gradient and the error of each layer's output, summed over its calls, for each option.
+
+    `loss` makes one number of what the model returns. Parameters get no gradients.
+    """
+    rows: Rows = {name: [0.0] * len(probe.options) for name in probe.layers}
+
+    def arrived(name: str, x: Tensor, y: Tensor) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def take(gradient: Tensor) -> None:
+            if not bool(torch.isfinite(gradient).all()):
+                raise NonFiniteError(f"the gradient of the output of {name} holds NaN or Inf")
+            for place, option in enumerate(probe.options):
+                codes, inputs = stored.get((name, place)), quantizer_of(quantizers, name, option.activations)
+                if codes is None and inputs is None:
+                    continue
+                error = _output(probe, name, x if inputs is None else inputs(x), codes) - y
+                rows[name][place] += float(reduce(gradient, error))
+
+        return take
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def watch(_module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            y = output if output.requires_grad else output.detach().requires_grad_()
+            y.register_hook(arrived(name, given_input(args, kwargs).detach(), output.detach()))
+            return y
+
+        return watch
+
+    asking = [p for p in probe.network.model.parameters() if p.requires_grad]
+    handles = [probe.layer(name).register_forward_hook(hook(name), with_kwargs=True) for name in probe.layers]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            loss(probe.network.run(batch)).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in asking:
+            parameter.requires_grad_(True)
+    return rows
+
+
+def _output(probe: Probe, name: str, x: Tensor, codes: QTensor | None) -> Tensor:
+    """What a layer gives for an input with its weight as codes; its hooks are not called."""
+    layer = probe.layer(name)
+    if codes is None:
+        return layer.forward(x)
+    with replaced_weight(layer, codes.dequantize()):
+        return layer.forward(x)
+
+
+def mean_over_batches(probe: Probe, parts: list[tuple[int, Rows]]) -> Measured:
+    """Scores of units as a mean over samples, from (samples, sums of layers) of each batch; with standard errors."""
+    tables = [(count, probe.table(probe.by_unit(rows))) for count, rows in parts]
+    scores = np.sum([table for _, table in tables], axis=0) / sum(count for count, _ in tables)
+    if len(tables) < 2:
+        return Measured(scores)
+    means = np.stack([np.where(np.isfinite(table), table, 0.0) / count for count, table in tables])
+    return Measured(scores, means.std(axis=0, ddof=1) / len(tables) ** 0.5)
