@@ -81,3 +81,14 @@ def test_sizes_are_read(text: str, expected: float) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="expected a size"):
         read_bytes(text)
+
+
+def test_an_accuracy_is_met_at_the_least_size(run: Run, tiny_model: Path, calibration: Path, tmp_path: Path) -> None:
+    common = ("allocate", tiny_model, "--calibration", calibration, "--by", "error")
+    done = run(*common, "--accuracy", 0.9, "--options", "none,int8:channel,int3:channel", "-o", "bits.yaml")
+    assert done.code == 0, done.err
+    data = yaml.safe_load((tmp_path / "bits.yaml").read_text())
+    assert data["requested"] == {"accuracy": 0.9} and data["solver"] == "bisection"
+    assert data["status"].startswith("agreement ") and float(data["status"].split()[1]) >= 0.9
+    assert "goes without a budget" in run(*common, "--accuracy", 0.9, "--bits", 4).err
+    assert "a share of predictions such as 0.99" in error_line(run(*common, "--accuracy", 99))

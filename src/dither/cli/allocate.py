@@ -44,6 +44,11 @@ Limit = Annotated[
     typer.Option(metavar="RESOURCE=N", help="Of bops, activations, codes or latency; may be repeated.",
                  show_default=False, rich_help_panel=_BUDGET),
 ]  # fmt: skip
+Accuracy = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Instead of a budget: the share of the model's own predictions to keep, such as "
+                 "0.99; least size, or least time with --latency.", show_default=False, rich_help_panel=_BUDGET),
+]  # fmt: skip
 LatencyFile = Annotated[
     str | None,
     typer.Option("--latency", metavar="FILE.json", help="Measured times: layer name or OxI → format → time.",
@@ -81,6 +86,7 @@ def allocate(
     bits: Bits = None,
     size: Size = None,
     limit: Limit = None,
+    accuracy: Accuracy = None,
     latency: LatencyFile = None,
     by: By = "fisher",
     solver: Solver = None,
@@ -110,6 +116,8 @@ def allocate(
         dither allocate vit/ --calibration pictures/ --size 20MB --by hawq-v2 --options int3,int4,int8 -o bits.yaml
 
         dither allocate llama/ --calibration text.txt --bits 2.5,3,3.5 --by kl --samples 16 -o bits.yaml
+
+        dither allocate vit/ --calibration pictures/ --accuracy 0.99 --by augmented -o bits.yaml
     """
     with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
         from dither import allocating
@@ -119,17 +127,34 @@ def allocate(
         limits = _limits(limit or [])
         wanted: list[float | None] = [_number("--bits", text) for text in listed(bits)] if bits else [None]
         most = None if size is None else read_bytes(size)
-        if bits is None and most is None and not limits:
-            raise typer.BadParameter("say how much it may take: --bits, --size or --limit", param_hint="--bits")
+        if bits is None and most is None and not limits and accuracy is None:
+            raise typer.BadParameter(
+                "say how much it may take: --bits, --size or --limit, or --accuracy", param_hint="--bits"
+            )
+        if accuracy is not None and (bits is not None or most is not None or limits or solver is not None):
+            raise typer.BadParameter("goes without a budget and a solver: it finds the least by itself",
+                                     param_hint="--accuracy")  # fmt: skip
         folder = scores or (None if output is None else str(Path(output).with_suffix(".scores")))
+        how: dict[str, Any] = {
+            "options": None if options is None else listed(options), "method": method, "skip": skip or (),
+            "ties": tie or (), "latency": _latency(latency), "scores": folder, "count": samples, "seed": seed,
+            "length": length, "batch_size": batch_size, "device": chosen_device(device),
+        }  # fmt: skip
         with terminal.progress(chosen.sensitivity) as progress:
-            table = measure(
-                model, chosen.sensitivity, calibration, options=None if options is None else listed(options),
-                method=method, skip=skip or (), ties=tie or (), latency=_latency(latency), scores=folder,
-                count=samples, seed=seed, length=length, batch_size=batch_size, device=chosen_device(device),
-                progress=progress,
-            )  # fmt: skip
-        found = [allocating.allocate(table, bits=one, size=most, limits=limits, by=by, solver=solver) for one in wanted]
+            if accuracy is not None:
+                from dither.accuracy import allocate_to_accuracy
+
+                cost = "size" if latency is None else "latency"
+                table, one = allocate_to_accuracy(
+                    model, calibration, accuracy, by=chosen.sensitivity, cost=cost, progress=progress, **how
+                )
+                found = [one]
+            else:
+                table = measure(model, chosen.sensitivity, calibration, progress=progress, **how)
+                found = [
+                    allocating.allocate(table, bits=one, size=most, limits=limits, by=by, solver=solver)
+                    for one in wanted
+                ]
         files = _write(table, found, wanted, output)
         _show(terminal, table, found, files)
 
