@@ -131,9 +131,7 @@ def allocate(
             raise typer.BadParameter(
                 "say how much it may take: --bits, --size or --limit, or --accuracy", param_hint="--bits"
             )
-        if accuracy is not None and (bits is not None or most is not None or limits or solver is not None):
-            raise typer.BadParameter("goes without a budget and a solver: it finds the least by itself",
-                                     param_hint="--accuracy")  # fmt: skip
+        _check_alone(accuracy, bits, most, limits, solver)
         folder = scores or (None if output is None else str(Path(output).with_suffix(".scores")))
         how: dict[str, Any] = {
             "options": None if options is None else listed(options), "method": method, "skip": skip or (),
@@ -141,22 +139,33 @@ def allocate(
             "length": length, "batch_size": batch_size, "device": chosen_device(device),
         }  # fmt: skip
         with terminal.progress(chosen.sensitivity) as progress:
+            how["progress"] = progress
             if accuracy is not None:
-                from dither.accuracy import allocate_to_accuracy
-
-                cost = "size" if latency is None else "latency"
-                table, one = allocate_to_accuracy(
-                    model, calibration, accuracy, by=chosen.sensitivity, cost=cost, progress=progress, **how
-                )
-                found = [one]
+                table, found = _to_accuracy(model, calibration, accuracy, chosen.sensitivity, how)
             else:
-                table = measure(model, chosen.sensitivity, calibration, progress=progress, **how)
-                found = [
-                    allocating.allocate(table, bits=one, size=most, limits=limits, by=by, solver=solver)
-                    for one in wanted
-                ]
+                table, found = measure(model, chosen.sensitivity, calibration, **how), []
+        if accuracy is None:
+            budget: dict[str, Any] = {"size": most, "limits": limits, "by": by, "solver": solver}
+            found = [allocating.allocate(table, bits=one, **budget) for one in wanted]
         files = _write(table, found, wanted, output)
         _show(terminal, table, found, files)
+
+
+def _check_alone(accuracy: float | None, *others: Any) -> None:
+    """An accuracy goes without what else says how much."""
+    if accuracy is not None and any(others):
+        raise typer.BadParameter(
+            "goes without a budget and a solver: it finds the least by itself", param_hint="--accuracy"
+        )
+
+
+def _to_accuracy(model: str, calibration: str, accuracy: float, by: str, how: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The table and the one allocation."""
+    from dither.accuracy import allocate_to_accuracy
+
+    cost = "size" if how["latency"] is None else "latency"
+    table, found = allocate_to_accuracy(model, calibration, accuracy, by=by, cost=cost, **how)
+    return table, [found]
 
 
 def _limits(texts: list[str]) -> dict[str, float]:
