@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from tests.cli.conftest import PROCESSOR
+from tests.cli.conftest import PROCESSOR, noise_pictures
 
 import dither
 from dither.errors import InputError, SpecError, StorageError
@@ -44,7 +44,10 @@ def answers(folder: Path, batch: torch.Tensor) -> Any:
 def test_a_transformer_runs_with_integers_and_gives_the_same_logits(tiny: Tinies, tmp_path: Path) -> None:
     network = tiny("ViTForImageClassification", num_hidden_layers=1)
     result = saved(network, tmp_path / "vit", 16, probabilities="logsqrt2-4:tensor")
-    report = dither.export(result, "onnx-qdq", tmp_path / "onnx")
+    pictures = noise_pictures(tmp_path / "pictures", seed=0, count=6) / "cat"
+    report = dither.export(result, "onnx-qdq", tmp_path / "onnx", data=pictures)
+    assert report["pictures"]["count"] == 3 and report["pictures"]["top1"] is None
+    assert report["pictures"]["largest_difference"] < 0.3 and report["pictures"]["agreement"] >= 2 / 3
     kernels = integer_kernels(tmp_path / "onnx" / "model.onnx")
     assert sum(kernels.values()) == 8, kernels  # 6 in the block, query times key, the head
     assert report["largest_change"] < 1e-6

@@ -64,6 +64,7 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
     lowered = lower(graph)
     narrow(graph, {name for name, weight in weights.items() if weight.bits <= 4})
     _save(graph, folder)
+    stored = onnx.load(str(folder / FILE))
     files += copy_companions(source, folder)
     files.append(write_config(source, folder, torch.float32, None))
 
@@ -87,8 +88,8 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
         return true * (_FOLDED if _is_conv(model, name) else 0.0)
 
     return Written(
-        files, torch.float32, lambda name: read_weight(graph, name, factors.get(name)),
-        lambda name: read_kept(graph, name), bound, "ONNX Runtime",
+        files, torch.float32, lambda name: read_weight(stored, name, factors.get(name)),
+        lambda name: read_kept(stored, name), bound, "ONNX Runtime",
         [f"ONNX Runtime's logits of random pictures are off by {difference:.1e} of their spread; noise of {_NOISE} on "
          f"the pictures moves dither's own by {own:.1e}",
          *_notes(source, weights, explicit, lowered, folder / FILE)],
