@@ -236,14 +236,16 @@ def exhaustive(bench: Bench) -> dict[str, Any]:
     for allocator in given.allocators:
         try:
             scores = bench.table(allocator, 0)
+            costs, pairs = scores.costs[SIZE][places][:, pair], np.ix_(places, places)
+            problem = Problem(
+                scores.scores[places][:, pair], {SIZE: costs}, {SIZE: costs.mean() * len(places)},
+                None if scores.priority is None else scores.priority[places],
+                {to: scores.pairs[p][pairs] for to, p in enumerate(pair) if p in scores.pairs},
+            )  # fmt: skip
+            choice = solver_named(allocator_named(allocator).solver)(problem).choice
         except DitherError as error:
             print(f"{allocator}: {error}", flush=True)
             continue
-        rows, costs = scores.scores[places][:, pair], scores.costs[SIZE][places][:, pair]
-        priority = None if scores.priority is None else scores.priority[places]
-        most = costs.mean() * len(places)
-        problem = Problem(rows, {SIZE: costs}, {SIZE: most}, priority)
-        choice = solver_named(allocator_named(allocator).solver)(problem).choice
         fitting = sorted(value for one, value in true.items() if problem.fits(one))
         filled = [value for one, value in true.items() if problem.fits(one) and full(problem, one)]
         found["allocators"][allocator] = {"kl": true[choice], "rank": fitting.index(true[choice]) + 1}
