@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=500, help="of distillation")
     parser.add_argument("--count", type=int, default=None, help="evaluation pictures; all by default")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--timm", help="folder that timm and torchvision are installed in, for models of timm")
     parser.add_argument("--quick", action="store_true", help="one seed, 200 pictures, W4A8, 8 pictures of 40 steps")
     parser.add_argument("--out", type=Path, default=Path("docs/results/cnn_methods"))
     given = parser.parse_args()
@@ -331,11 +333,22 @@ def _of(runs: list[dict[str, Any]], key: str) -> str:
     return " or ".join(str(value) for value in dict.fromkeys(run[key] for run in runs))
 
 
+def find_timm(folder: str) -> torch.library.Library:
+    """Let timm be imported from a folder; torchvision looks for two operators that a build of torch may lack."""
+    sys.path.append(folder)
+    operators = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        operators.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return operators
+
+
 def main() -> None:
     given = arguments()
+    operators = None if given.timm is None else find_timm(given.timm)  # lives as long as they are needed
     known = collect(given)
     given.out.with_suffix(".md").write_text(table(known))
     print(table(known))
+    del operators
 
 
 if __name__ == "__main__":
