@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dither.data.calibration import TOKENS
 from dither.data.text import open_text
 from dither.evaluation.language import answer
 from dither.formats.spec import QuantSpec
@@ -31,7 +32,6 @@ from dither.nn.linear import cache_weights
 from dither.pipeline import quantize
 
 JOB = Path(__file__).with_name("llm_peer_job.py")
-TOKENS = 4096  # of a calibration batch
 BLOCKS = 2  # whose codes are compared
 
 

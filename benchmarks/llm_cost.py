@@ -33,7 +33,6 @@ SIZES = {  # hidden, MLP, blocks, heads: parameters of the blocks
     "135M": (768, 2048, 19, 12),
 }
 VOCABULARY = 1024
-TOKENS = 4096  # of a calibration batch
 
 
 def arguments() -> argparse.Namespace:
@@ -81,6 +80,7 @@ def make_model(size: str, place: Path) -> None:
 
 def run(given: argparse.Namespace, place: str, method: str, windows: torch.Tensor) -> dict[str, Any]:
     """One quantization by dither in this process."""
+    from dither.data.calibration import TOKENS
     from dither.evaluation.language import answer
     from dither.models.network import open_network
     from dither.pipeline import quantize
