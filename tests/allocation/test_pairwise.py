@@ -55,3 +55,24 @@ def test_without_pairs_it_is_the_knapsack_and_signs_that_differ_cost_nothing() -
     costs = pair_costs({0: np.array([[0, 4.0], [4.0, 0]]), 1: np.array([[0, -1.0], [-1.0, 0]])}, (2, 3))
     assert costs[0, 0, 1, 0] == 4 and costs[0, 1, 1, 1] == -1
     assert costs[0, 0, 1, 1] == 0 and costs[0, 2, 1, 0] == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_flip_and_no_swap_makes_it_better_and_strong_couplings_are_counted_right(seed: int) -> None:
+    """Couplings larger than the scores themselves, so that a wrong sum of a swap shows."""
+    problem, pairs = drawn(seed, units=8)
+    generator = np.random.default_rng(seed + 100)
+    strong = {p: matrix + 5 * ((extra := generator.normal(size=(8, 8))) + extra.T) for p, matrix in pairs.items()}
+    problem = replace(problem, pairs=strong)
+    costs = pair_costs(strong, problem.scores.shape)
+    found = pairwise(problem)
+    assert found.score == pytest.approx(pair_score(problem, costs, found.choice))
+    moves = [(u, p, None) for u in range(8) for p in range(3)] + [(u, None, v) for u in range(8) for v in range(u)]
+    for first, option, second in moves:
+        trial = list(found.choice)
+        if second is None:
+            trial[first] = option  # type: ignore[call-overload]
+        else:
+            trial[first], trial[second] = trial[second], trial[first]
+        if problem.fits(trial):
+            assert pair_score(problem, costs, tuple(trial)) >= found.score - 1e-9
