@@ -161,6 +161,7 @@ def quantize(
 
         given = {"weights": weights, "activations": activations, "size": size, "prune": prune}
         chosen = _method(recipe, method or "erq", _fields(given, set_ or [], skip or [], override or []))
+        _check_data(chosen, calibration)
         common: dict[str, Any] = {"count": samples, "seed": seed, "length": length, "runtime": runtime}
         common |= {"device": chosen_device(device), "stream": stream, "batch_size": batch_size}
         common["allocation"] = allocation
@@ -200,6 +201,11 @@ def _method(recipe: str | None, name: str, fields: dict[str, Any]) -> Any:
     from dither.recipe import build_method, read_recipe
 
     return read_recipe(recipe, fields) if recipe else build_method(name, fields)
+
+
+def _check_data(method: Any, calibration: str | None) -> None:
+    if calibration is None and method.without_data() is None:
+        raise typer.BadParameter(f"{method.name} needs data: pictures or text", param_hint="--calibration")
 
 
 def _fields(given: dict[str, Any], settings: list[str], skip: list[str], overrides: list[str]) -> dict[str, Any]:
