@@ -47,9 +47,10 @@ TEXT, PICTURES = "int{bits}:g64:asym:minmax", "int{bits}:channel:asym:percentile
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--calibration")
+    parser.add_argument("--evaluation")
+    parser.add_argument("--merge", nargs="+", type=Path, help="results of earlier calls, instead of running")
     parser.add_argument("--bits", nargs="+", type=float, default=[3.0, 4.0])
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
     parser.add_argument(
@@ -68,6 +69,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("docs/results/allocation"))
     parser.add_argument("--scores", type=Path, default=Path("build/allocation_scores"))
     given = parser.parse_args()
+    if not given.merge and not (given.model and given.calibration and given.evaluation):
+        parser.error("give --model, --calibration and --evaluation, or --merge")
     if given.quick:
         given.seeds, given.draws, given.samples, given.units = 1, 2, min(given.samples, 16), min(given.units, 5)
         given.count = given.count or 100
@@ -261,8 +264,8 @@ def full(problem: Problem, choice: Sequence[int]) -> bool:
     return not any(problem.fits(one) for one in more)
 
 
-def main() -> None:
-    given = arguments()
+def collect(given: argparse.Namespace) -> dict[str, Any]:
+    """Runs of earlier calls and of this one, written after each."""
     path = given.out.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"facts": {}, "runs": [], "exhaustive": {}}
@@ -293,6 +296,25 @@ def main() -> None:
     if given.units and bench.name not in found["exhaustive"]:
         found["exhaustive"][bench.name] = exhaustive(bench)
         keep()
+    return found
+
+
+def merge(paths: Sequence[Path]) -> dict[str, Any]:
+    """Models of several results, which were measured apart."""
+    found: dict[str, Any] = {"facts": {}, "runs": [], "exhaustive": {}}
+    for one in (json.loads(path.read_text()) for path in paths):
+        if twice := found["facts"].keys() & one["facts"].keys():
+            raise SystemExit(f"{sorted(twice)} are in several of these results")
+        found["facts"] |= one["facts"]
+        found["runs"] += one["runs"]
+        found["exhaustive"] |= one["exhaustive"]
+    return found
+
+
+def main() -> None:
+    given = arguments()
+    found = merge(given.merge) if given.merge else collect(given)
+    given.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     given.out.with_suffix(".md").write_text(report(found))
     given.out.with_suffix(".svg").write_text(plot(found) + "\n")
     print(report(found))

@@ -47,9 +47,10 @@ BITS = (3, 4, 5, 6)  # of the uniform models whose sizes the front has to beat
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--models", nargs="+", default=[])
+    parser.add_argument("--calibration")
+    parser.add_argument("--data")
+    parser.add_argument("--merge", nargs="+", type=Path, help="results of earlier calls, instead of running")
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--parts", nargs="+", default=["methods", "folding", "front", "pruning"])
     parser.add_argument("--seeds", type=int, default=5)
@@ -61,6 +62,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one seed, 200 pictures, W4A8, 8 pictures of 40 steps")
     parser.add_argument("--out", type=Path, default=Path("docs/results/cnn_methods"))
     given = parser.parse_args()
+    if not given.merge and not (given.models and given.calibration and given.data):
+        parser.error("give --models, --calibration and --data, or --merge")
     if given.quick:
         given.seeds, given.count, given.samples, given.steps, given.settings = 1, 200, 8, 40, ("int4/int8",)
     return given
@@ -232,6 +235,15 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
     return dict(known)
 
 
+def merge(paths: list[Path]) -> dict[str, Any]:
+    """Runs of several results, each once; the tables name the machines of all."""
+    found = [json.loads(path.read_text()) for path in paths]
+    runs = {key_of(run): run for one in found for run in one["runs"]}
+    order = {name: place for place, name in enumerate((*CALIBRATED, *WITHOUT_DATA, *DISTILLED, *PRUNING))}
+    ordered = sorted(runs.values(), key=lambda r: (r["model"], r["part"], order.get(r["method"], 0), r["seed"]))
+    return {"facts": found[0]["facts"], "runs": ordered}
+
+
 def table(known: dict[str, Any]) -> str:
     """Markdown: for each model what each part found."""
     lines = ["# Methods on ConvNets", "", *_describe(known)]
@@ -345,7 +357,8 @@ def find_timm(folder: str) -> torch.library.Library:
 def main() -> None:
     given = arguments()
     operators = None if given.timm is None else find_timm(given.timm)  # lives as long as they are needed
-    known = collect(given)
+    known = merge(given.merge) if given.merge else collect(given)
+    given.out.with_suffix(".json").write_text(json.dumps(known) + "\n")
     given.out.with_suffix(".md").write_text(table(known))
     print(table(known))
     del operators
