@@ -11,8 +11,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SHOWN = ("rtn", "repq", "gptq", "repq + gptq", "erq v1", "erq v2", "erq")
-LANGUAGE = ("rtn", "gptq", "lorc", "gptq-fitted")
-TOOLS = {"hqq": "HQQ", "llmcompressor": "llm-compressor, GPTQ"}
+LANGUAGE = ("rtn", "gptq", "awq", "adadim", "squeezellm", "lorc", "signround", "gptq-fitted", "gptq-learned")
+TOOLS = {"hqq": "HQQ (the tool)", "llmcompressor": "GPTQ in llm-compressor", "autoround": "AutoRound"}
 BITS = (4, 3, 2)
 DATA = ("samples", "length", "windows", "window_length")
 
@@ -20,10 +20,13 @@ DATA = ("samples", "length", "windows", "window_length")
 def summary() -> str:
     data = json.loads((ROOT / "docs/results/vit_methods.json").read_text())
     runs, facts = data["runs"], data["facts"]
-    settings = list(dict.fromkeys(run["setting"] for run in runs))
     lines = []
     for model in dict.fromkeys(run["model"] for run in runs):
         mine = [run for run in runs if run["model"] == model]
+        settings = [
+            one for one in dict.fromkeys(run["setting"] for run in mine)
+            if set(SHOWN) <= {run["method"] for run in mine if run["setting"] == one}
+        ]  # fmt: skip
         titles = [re.sub(r"int(\d)/int(\d)", r"W\1A\2", setting) for setting in settings]
         draws = len({run["seed"] for run in mine})
         title = f"`{model}`, top-1 % ({100 * mine[0]['fp_top1']:.2f} in full precision), {draws} draws"
@@ -60,14 +63,16 @@ def language() -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for label in LANGUAGE:
         found = [one for one in made["runs"] if one["label"] == label]
-        cells = [_perplexity([one for one in found if f"int{bits}" in one["weights"]]) for bits in BITS]
+        cells = [
+            _perplexity([one for one in found if one["weights"].startswith((f"int{bits}:", f"nuq{bits}:"))])
+            for bits in BITS
+        ]
         name = f"**{label}**" if label == LANGUAGE[-1] else label
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    seeds = {one["seed"] for one in made["runs"]}
     lines.append(
         f"\nAll {facts['window_length']}-token windows of `{facts['evaluation']}`; calibration: {facts['samples']} × "
-        f"{facts['length']} tokens, {len(seeds)} draw{'s' if len(seeds) > 1 else ''}; in brackets bits per weight, "
-        "everything counted. Weights of the blocks alone are quantized."
+        f"{facts['length']} tokens, one draw where no ± stands; in brackets bits per weight, everything "
+        "counted. Weights of the blocks alone are quantized."
     )
     return "\n".join(lines)
 
@@ -78,7 +83,8 @@ def _perplexity(runs: list[dict[str, Any]]) -> str:
         return "–"
     mean, bits = statistics.fmean(known), statistics.fmean(run["bits_per_weight"] for run in runs)
     shown = f"{mean:.2f}" if mean < 1000 else f"{mean:.0e}".replace("e+0", " · 10^")
-    return f"{shown} ({bits:.2f})"
+    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    return f"{shown}{spread} ({bits:.2f})"
 
 
 def main() -> None:
