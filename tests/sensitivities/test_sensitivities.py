@@ -368,3 +368,35 @@ def test_noise_has_the_covariance_of_the_softmax() -> None:
     p = logits.softmax(1)[0]
     torch.testing.assert_close(v.T @ v / len(v), torch.diag(p) - torch.outer(p, p), rtol=0, atol=0.01)
     torch.testing.assert_close(v.sum(1), torch.zeros(len(v)), rtol=0, atol=1e-6)
+
+
+class Residual(nn.Module):
+    """Sums and an activation that write over what layers were given and gave, or make new tensors."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.third, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.in_place = in_place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.in_place:
+            x = self.first(x).relu_()
+            y = self.second(x)
+            y += x
+            y += self.third(y)
+            return self.head(y)
+        x = self.first(x).relu()
+        y = self.second(x) + x
+        return self.head(y + self.third(y))
+
+
+@pytest.mark.parametrize("name", ["kl", "fisher", "quadratic", "error"])
+def test_sums_in_place_change_no_score(name: str) -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    here, apart = (
+        measure(Residual(in_place).eval(), name, [x], options=["int2:channel", "int6:channel"])
+        for in_place in (True, False)
+    )
+    np.testing.assert_allclose(here.scores, apart.scores, rtol=1e-4)

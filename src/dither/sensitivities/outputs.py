@@ -36,15 +36,17 @@ def weighed_errors(
 ) -> Rows:
     """`reduce` of the gradient and the error of each layer's output, summed over its calls, for each option.
 
-    `loss` makes one number of what the model returns. Parameters get no gradients.
+    `loss` makes one number of what the model returns. Parameters get no gradients. What follows a layer may change its
+    input and output in place (residual sums do), so the input is copied and the output computed again.
     """
     rows: Rows = {name: [0.0] * len(probe.options) for name in probe.layers}
 
-    def arrived(name: str, x: Tensor, y: Tensor) -> Callable[[Tensor], None]:
+    def arrived(name: str, x: Tensor) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def take(gradient: Tensor) -> None:
             if not bool(torch.isfinite(gradient).all()):
                 raise NonFiniteError(f"the gradient of the output of {name} holds NaN or Inf")
+            y = _output(probe, name, x, None)
             for place, option in enumerate(probe.options):
                 codes, inputs = stored.get((name, place)), quantizer_of(quantizers, name, option.activations)
                 if codes is None and inputs is None:
@@ -56,9 +58,10 @@ def weighed_errors(
 
     def hook(name: str) -> Callable[..., Tensor]:
         def watch(_module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            y = output if output.requires_grad else output.detach().requires_grad_()
-            y.register_hook(arrived(name, given_input(args, kwargs).detach(), output.detach()))
-            return y
+            leaf = not output.requires_grad
+            y = output.detach().requires_grad_() if leaf else output
+            y.register_hook(arrived(name, given_input(args, kwargs).detach().clone()))
+            return y + 0 if leaf else y  # a leaf cannot be changed in place
 
         return watch
 
