@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cli.conftest import Run, error_line, noise_pictures
+from tests.cli.conftest import PROCESSOR, Run, error_line, noise_pictures
 from tests.export.conftest import save_language_model
 
 import dither
 from dither.engine.local import InProcess
+from dither.provenance import model_sha256
 from dither.quantune.bench import Bench
 from dither.tuning.trial import Outcome
 
@@ -163,6 +164,26 @@ def test_trials_run_elsewhere_give_the_same_search(
     found = sorted(compared(tmp_path / "remote"), key=lambda one: one["number"])
     dither.tune(tiny_model, calibration, tmp_path / "here", run_on=InProcess(), **options)
     assert found == compared(tmp_path / "here")
+
+
+def test_a_module_stays_as_it_was_and_the_search_is_known_by_its_weights(
+    tiny: Any, calibration: Path, pictures: Path, tmp_path: Path
+) -> None:
+    network = tiny("ResNetForImageClassification", num_labels=2)
+    network.model.config.id2label, network.model.config.label2id = {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}
+    network.model.save_pretrained(tmp_path / "resnet")
+    (tmp_path / "resnet" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    model = type(network.model).from_pretrained(tmp_path / "resnet").eval()  # its name tells where the processor is
+    before = model_sha256(model.state_dict().items())
+    made = dither.tune(
+        model, calibration, tmp_path / "out", data=pictures, methods=["rtn"], trials=1, strategy="random",
+        objective="kl", device="cpu",
+    )  # fmt: skip
+    assert model_sha256(model.state_dict().items()) == before
+    assert made.data["provenance"]["model_sha256"] == before
+    assert lines(tmp_path / "out")[0]["fingerprint"]["model"] == before
+    saved = json.loads((tmp_path / "out" / "best" / "report.json").read_text())
+    assert saved["provenance"]["model_sha256"] == before
 
 
 def test_limits_are_kept_and_a_limit_that_nothing_keeps_is_an_error(

@@ -4,6 +4,7 @@ A bench can be sent to another process or machine, which opens the model there a
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -42,6 +43,8 @@ class Bench:
         if self.key not in _OPENED:
             _OPENED.clear()
             network = open_network(self.model, self.device)
+            if isinstance(self.model, nn.Module):  # the caller's, which stays as and where it is
+                network.model = deepcopy(network.model).eval().to(self.device)
             exam = open_exam(network, self.data, self.count, 0, self.batch_size)
             _OPENED[self.key] = network, exam.answered_by(network)
         return _OPENED[self.key]

@@ -1,14 +1,15 @@
 """Problem: what a search is about, that is, the model, what may be chosen for it, the objective and the data."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dither.data.calibration import LENGTH, Calibration, prepare_calibration
 from dither.methods import RTN
 from dither.models.features import model_features
 from dither.models.network import Network
-from dither.provenance import model_sha256, provenance
+from dither.provenance import provenance
 from dither.quantune.bench import Bench
 from dither.quantune.choices import Choices
 from dither.quantune.data import TuningData
@@ -72,12 +73,13 @@ def pose(
     aim = Objective(objective or _usual(exam.facts()), tuple(limits))
     aim.check(reference)
     wanted = dimensions(sets.samples(samples, network, bench.length))
-    run = Run(network, RTN(), _one_batch(sets, network, seed, bench.length))
-    choices = Choices(network.model, run.anatomy)
+    own = replace(network, model=deepcopy(network.model))  # a run prepares it: normalizations folded, experts apart
+    run = Run(own, RTN(), _one_batch(sets, network, seed, bench.length))
+    choices = Choices(own.model, run.anatomy)
     space = choices.space(wanted, next((limit.bound for limit in limits if limit.name == "size"), None))
     model = {"name": network.name, "class": type(network.model).__name__, "parameters": run.parameters}
-    facts = provenance(model_sha256(network.tensors()), run.data, seed, network.device)
-    features = model_features(network.model, run.anatomy)
+    facts = provenance(run.sha256, run.data, seed, network.device)
+    features = model_features(own.model, run.anatomy)
     return Problem(bench, sets, choices, space, aim, model, features, reference, facts)
 
 
