@@ -19,9 +19,11 @@ from dither.models.spill import Spill, tensors_in
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which temporary files would be."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+    """The folder in which temporary files would be, but for what torch makes when it is first asked to compile."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    (tmp_path / "temporary").mkdir()
+    return tmp_path / "temporary"
 
 
 def logits(output: Any) -> Tensor:
@@ -206,3 +208,31 @@ def test_passes_end_at_the_last_input_once_it_is_known_that_no_layer_runs_twice(
         assert torch.equal(one["first"][0], batch)
         assert torch.equal(one["last"][0], module.first(batch))
         assert len(one["first"]) == (2 if twice else 1)
+
+
+class Summed(nn.Module):
+    """A residual sum that writes over what the last layer was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x += self.last(x)
+        return x
+
+
+def test_an_input_that_is_changed_in_place_is_the_one_that_the_layer_was_given() -> None:
+    module = Summed()
+    batches = [torch.full((1, 2), float(value)) for value in range(3)]
+    with torch.no_grad(), Spill(2**30) as spill, suspended_at(nn.ModuleDict({"block": module}), ["block"]):
+        stream = Stream(module, batches, spill)
+        forward = module.__dict__.pop("forward")
+        layers = {"first": module.first, "last": module.last}
+        seen = [{name: list(given) for name, given in one.items()} for one in layer_inputs(stream, module, layers)]
+        module.forward = forward
+        stream.close()
+    for batch, one in zip(batches, seen, strict=True):
+        assert torch.equal(one["first"][0], batch)
+        assert torch.equal(one["last"][0], module.first(batch))

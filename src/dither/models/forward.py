@@ -176,14 +176,19 @@ def layer_inputs(
     """What each layer of a unit is given in each batch, call by call; the same dict is filled again and again.
 
     Once every layer was called exactly once in a batch, the passes of the others end where the last has its input:
-    its own product and all behind it would be for nothing.
+    its own product and all behind it would be for nothing. An input that the unit changes in place later, as a residual
+    sum may, is copied.
     """
     seen: dict[str, list[Tensor]] = {}
+    versions: list[tuple[str, Tensor, int]] = []
+    changing: set[str] = set()
     once = False
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            seen.setdefault(name, []).append(given_input(args, kwargs))
+            x = given_input(args, kwargs)
+            seen.setdefault(name, []).append(x.clone() if name in changing else x)
+            versions.append((name, x, x._version))
             if once and len(seen) == len(layers):
                 raise _AllSeenError
 
@@ -192,6 +197,12 @@ def layer_inputs(
     def run(*args: Any, **kwargs: Any) -> None:
         with suppress(_AllSeenError):
             module(*args, **kwargs)
+        late = {name for name, x, version in versions if x._version != version} - changing
+        versions.clear()
+        if late:  # known now: once more, with copies
+            changing.update(late)
+            seen.clear()
+            run(*args, **kwargs)
 
     handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
     try:
