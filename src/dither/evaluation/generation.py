@@ -7,6 +7,7 @@ texts differ where the models do [choice].
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from inspect import signature
 from time import perf_counter
 from typing import Any
 
@@ -53,14 +54,17 @@ def generate(model: nn.Module, prompt: Int[Tensor, " t"], sampling: Sampling, st
     """Go on from a prompt until a token of `stop`, which is kept, or as far as the sampling says."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     generator = torch.Generator().manual_seed(sampling.seed)
-    step, cache, tokens, times = prompt[None].to(device), None, list[int](), list[float]()
+    step, tokens, times = prompt[None].to(device), list[int](), list[float]()
+    # transformers renames the argument; older and newer releases know one of the two
+    remembered = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    known: dict[str, Any] = {}
     start = perf_counter()
     with torch.no_grad(), evaluating(model):
         while len(tokens) < sampling.max_new_tokens and not (tokens and tokens[-1] in stop):
-            output: Any = model(input_ids=step, past_key_values=cache, use_cache=True)
+            output: Any = model(input_ids=step, use_cache=True, **known)
             tokens.append(choose(output.logits[0, -1].float().cpu(), sampling, generator))
             times.append(perf_counter() - start)
-            step, cache = torch.tensor([[tokens[-1]]], device=device), output.past_key_values
+            step, known = torch.tensor([[tokens[-1]]], device=device), {remembered: output[remembered]}
     return Generated(tuple(tokens), tuple(times))
 
 
