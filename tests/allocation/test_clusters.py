@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dither.allocation.clusters import bits_of_clusters, clustered, clusters, harmonic_clusters, ranked
+from dither.allocation.monotone import monotone
 from dither.allocation.problem import Problem
 from dither.errors import InputError
 
@@ -71,3 +72,12 @@ def test_within_a_budget_clusters_stay_in_order_and_the_best_is_taken() -> None:
     assert clustered(problem(40.0, priority)).choice == (2,) * 5
     with pytest.raises(InputError, match="clusters need a sensitivity of each unit"):
         clustered(problem(26.0, None))
+
+
+def test_options_that_few_units_can_have_keep_their_place_in_the_order() -> None:
+    costs = np.array([[4.0, 8.0], [40.0, np.inf], [40.0, np.inf]])
+    scores = np.where(np.isfinite(costs), np.array([[1.0, 0.1]]), np.inf)
+    narrow_first = Problem(scores, {"size": costs}, {"size": 100.0}, priority=np.array([3.0, 1.0, 1.0]))
+    assert narrow_first.largest_first("size").tolist() == [1, 0]
+    assert clustered(narrow_first).choice == (1, 0, 0)
+    assert monotone(narrow_first).choice == (1, 0, 0)

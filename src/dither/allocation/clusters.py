@@ -101,9 +101,7 @@ def clustered(problem: Problem) -> Solution:
     if problem.priority is None:
         raise InputError("clusters need a sensitivity of each unit, as cmpq, pmpq or tdmpq measure; use another solver")
     labels = clusters(problem.priority, CLUSTERS)
-    resource = next(iter(problem.budgets))
-    cost = np.where(problem.allowed, problem.costs[resource], 0.0).sum(axis=0)
-    order = np.argsort(-cost, kind="stable")  # largest first, as clusters are
+    order = problem.largest_first(next(iter(problem.budgets)))  # as clusters are
     best: tuple[float, tuple[int, ...]] | None = None
     for places in combinations_with_replacement(range(len(order)), int(labels.max()) + 1):
         choice = tuple(int(order[places[label]]) for label in labels)

@@ -26,8 +26,7 @@ def monotone(problem: Problem) -> Solution:
     if problem.priority is None:
         raise InputError("the monotone solver orders units by their mean trace; measure with sensitivity hawq-v2")
     costs, budget = problem.costs[resource], problem.budgets[resource]
-    total = np.where(problem.allowed, costs, 0.0).sum(axis=0) / np.maximum(problem.allowed.sum(axis=0), 1)
-    largest_first = np.argsort(-total, kind="stable")
+    largest_first = problem.largest_first(resource)
     units = np.argsort(-problem.priority, kind="stable")
     table = np.where(problem.allowed, costs, np.inf)[units][:, largest_first]
     scores = np.where(problem.allowed, problem.scores, np.inf)[units][:, largest_first]

@@ -79,6 +79,16 @@ class Problem:
         high = np.where(allowed, costs, -np.inf).max(axis=1)
         return math.fsum(low), math.fsum(high)
 
+    def largest_first(self, resource: str) -> Int[np.ndarray, " p"]:
+        """Options by what they take of a resource: of the most that a unit could, on average over those that can."""
+        costs = np.where(self.allowed, self.costs[resource], 0.0)
+        most = costs.max(axis=1, keepdims=True)
+        share = costs / np.where(most > 0, most, 1.0)
+        found: Int[np.ndarray, " p"] = np.argsort(
+            -share.sum(axis=0) / np.maximum(self.allowed.sum(axis=0), 1), kind="stable"
+        )
+        return found
+
     def score(self, choice: Sequence[int] | Int[np.ndarray, " u"]) -> float:
         """Of a choice; exactly rounded, so in any order the same."""
         return math.fsum(self.scores[np.arange(len(self.scores)), np.asarray(choice)])
