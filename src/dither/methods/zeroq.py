@@ -14,9 +14,9 @@ from time import perf_counter
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from pydantic import BeforeValidator, ByteSize, Field
-from torch import Tensor
 
 from dither.allocation.frontier import Frontier, frontier
 from dither.allocation.problem import Problem
@@ -33,7 +33,9 @@ from dither.methods.base import ActivationSpec, Method, WeightSpec
 from dither.models.distil import Distillation
 from dither.models.layers import Layer, is_layer, matrix_shape, weight_matrix
 from dither.models.links import first_tensor
+from dither.models.losses import class_rows
 from dither.models.preparing import Prepared, Subject
+from dither.statistics.divergence import kl_rows, mean_and_error
 from dither.walk import Block, Inputs
 
 BITS = (2, 4, 8)  # the paper's
@@ -107,7 +109,7 @@ class ZeroQ(Method):
 
 def kl_scores(subject: Subject, layers: list[str], specs: list[QuantSpec]) -> Float[np.ndarray, "u p"]:
     """Ω_i(k): mean KL(full precision ‖ layer i's weight alone at k bits) over all pictures, eq. 4."""
-    references = [_log_probabilities(subject, batch) for batch in subject.batches]
+    references = [class_rows(subject.run(batch)) for batch in subject.batches]
     scores = np.zeros((len(layers), len(specs)))
     for row, name in enumerate(layers):
         layer = _layer(subject, name)
@@ -115,25 +117,11 @@ def kl_scores(subject: Subject, layers: list[str], specs: list[QuantSpec]) -> Fl
         for column, spec in enumerate(specs):
             stored = quantize(weight, fit_grid(weight, spec)).dequantize()
             with replaced_weight(layer, stored):
-                scores[row, column] = _divergence(subject, references)
+                found = [class_rows(subject.run(batch)) for batch in subject.batches]
+            rows = torch.cat([kl_rows(*pair) for pair in zip(references, found, strict=True)])
+            scores[row, column] = mean_and_error(rows)[0]
         subject.say("measuring sensitivities", row + 1, len(layers))
     return np.minimum.accumulate(scores, axis=1)  # more bits never count as worse: below 1e-6 only noise does
-
-
-def _divergence(subject: Subject, references: list[Float[Tensor, "n c"]]) -> float:
-    total, count = 0.0, 0
-    for batch, reference in zip(subject.batches, references, strict=True):
-        found = _log_probabilities(subject, batch)
-        rows = (reference.exp() * (reference - found)).sum(dim=1).clamp_min(0)
-        total, count = total + float(rows.double().sum()), count + len(rows)
-    return total / count
-
-
-def _log_probabilities(subject: Subject, batch: Any) -> Float[Tensor, "n c"]:
-    logits = first_tensor(subject.run(batch))
-    if logits.ndim != 2:
-        raise InputError(f"zeroq chooses bits for classifiers; the first output has shape {tuple(logits.shape)}")
-    return logits.float().log_softmax(dim=1)
 
 
 def fixed_bytes(subject: Subject, layers: list[str], method: ZeroQ) -> int:
