@@ -88,3 +88,11 @@ def test_chains_are_the_same_when_normalizations_are_folded(tiny: Callable[..., 
     found, _ = chains(network.model, batch)
     assert sum(bool(one.through) for one in found) >= 16
     assert not [one for one in found if any("conv_3x3" in reader for reader in one.readers)]
+
+
+def test_an_activation_in_place_hides_no_chain() -> None:
+    torch.manual_seed(0)
+    act = nn.Hardswish(inplace=True)  # twice is not once
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), act, nn.Conv2d(6, 4, 1), act, nn.Conv2d(4, 2, 1)).eval()
+    found, _ = chains(model, torch.randn(2, 3, 8, 8))
+    assert found == [ChannelChain("0", (), ("2",)), ChannelChain("2", (), ("4",))]

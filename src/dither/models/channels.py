@@ -110,12 +110,12 @@ def _sole(
 ) -> bool:
     """Whether what the readers see follows from the source's output alone."""
     held: list[Tensor] = []
-    handle = source.register_forward_hook(lambda _module, _args, output: held.append(output))
+    handle = source.register_forward_hook(lambda _module, _args, output: held.append(output.clone()))
     try:
         run()
     finally:
         handle.remove()
-    handle = source.register_forward_hook(lambda _module, _args, _output: held[0])
+    handle = source.register_forward_hook(lambda _module, _args, _output: held[0].clone())
     try:
         seen, _ = _inputs({key: layers[key] for key in readers}, run_other)
     finally:
@@ -128,7 +128,9 @@ def _inputs(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> tuple[di
     seen: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda _module, args, kwargs: seen.setdefault(name, []).append(given_input(args, kwargs).detach())
+        return lambda _module, args, kwargs: seen.setdefault(name, []).append(
+            given_input(args, kwargs).detach().clone()  # an activation in place may change it later
+        )
 
     handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
     try:
