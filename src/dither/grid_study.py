@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from dither.comparison import Progress, open_bench, run_jobs
-from dither.data import DataSet
+from dither.data import DataSet, open_data
+from dither.distilled import DISTILLED
 from dither.engine.local import Engine
 from dither.evaluation.exam import BATCH
 from dither.formats.spec import Kind
 from dither.methods.base import Method
 from dither.nn.activation import ActivationQuantizer
-from dither.provenance import model_sha256
+from dither.provenance import model_sha256, software
 from dither.recipe import parse_method, resolved
 from dither.result import Report
 from dither.tuning.journal import Journal
@@ -87,19 +88,28 @@ def study_grid(
         ResumeError: the rows that are there are of another study.
     """
     jobs = grid_jobs(methods, weights, activations)
-    bench = open_bench(model, calibration, data, evaluate_count, BATCH, device)
+    sets = _opened(calibration), _opened(data)
+    bench = open_bench(model, sets[0], sets[1] or "", evaluate_count, BATCH, device)
     known = None
     if output is not None:
         fingerprint = {
             "model": model_sha256(bench.network.tensors()),
-            "data": [str(getattr(bench.source, "source", bench.source)), bench.exam.source],
+            "data": [one if one is None or isinstance(one, str) else one.sha256() for one in sets],
             "draw": [seed, count, length, bench.exam.count], "formats": [label for label, _ in jobs],
+            "software or device": software(bench.network.device),
         }  # fmt: skip
         known = Rows(Journal(Path(output) / FILE, {"kind": "grid", "fingerprint": fingerprint}, resume), jobs)
     report = run_jobs(bench, jobs, range(seed, seed + 1), count=count, length=length, progress=progress, known=known)
     for run in report.data["runs"]:
         run["weights"] = "none" if run["method"] == InputsOnly.name else run["weights"]
     return Report(report.data | {"grid": {"methods": list(methods), "activations": list(activations)}})
+
+
+def _opened(data: str | Path | DataSet | None) -> str | DataSet | None:
+    """Data as a set, which is known by its content, not by its place; "distilled" and None as they are."""
+    if isinstance(data, str | Path):
+        return DISTILLED if str(data) == DISTILLED else open_data(data)
+    return data
 
 
 def grid_jobs(methods: Sequence[str], weights: Sequence[str], activations: Sequence[str]) -> list[tuple[str, Method]]:

@@ -28,14 +28,21 @@ def model_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def provenance(sha256: str, calibration: Calibration, seed: int, device: torch.device) -> dict[str, Any]:
-    """Everything that decides a result besides the recipe."""
+def software(device: torch.device) -> dict[str, str]:
+    """The versions and the kind of device that decide a result to the last bit."""
     return {
         "dither": version("dither"),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "python": platform.python_version(),
         "device": device.type,
+    }
+
+
+def provenance(sha256: str, calibration: Calibration, seed: int, device: torch.device) -> dict[str, Any]:
+    """Everything that decides a result besides the recipe."""
+    return {
+        **software(device),
+        "python": platform.python_version(),
         "seed": seed,
         "model_sha256": sha256,
         "calibration": {"sha256": calibration.sha256, "count": calibration.count, "source": calibration.source},

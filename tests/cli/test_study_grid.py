@@ -72,8 +72,10 @@ def test_a_study_goes_on_with_the_rows_that_are_there(run: Run, llama: Path, mon
     assert len(asked) == 14 - 5
     figures = [[(row["label"], row["perplexity"]) for row in one.data["runs"]] for one in (whole, done)]  # type: ignore[attr-defined]
     assert figures[0] == figures[1]
-    other = ("study", "grid", llama, "--calibration", "calibration.txt", "--data", "test.txt", "-o", "grid", "--resume")
     for name in ("report.html", "report.json"):
         Path("grid", name).unlink()
+    Path("test.txt").write_text(Path("test.txt").read_text().replace("a dog ran", "a cat ran"))
+    assert "had another data;" in error_line(study(run, llama, "-o", "grid", "--resume"))  # type: ignore[arg-type]
+    other = ("study", "grid", llama, "--calibration", "calibration.txt", "--data", "test.txt", "-o", "grid", "--resume")
     assert "had another" in error_line(run(*other))
     assert json.loads(Path("grid/rows.jsonl").read_text().splitlines()[0])["kind"] == "grid"

@@ -70,6 +70,10 @@ class TextSet:
             raise InputError(f"{self.source!r} holds {len(tokens)} tokens, one window needs {length}")
         return tokens[: len(tokens) // length * length].view(-1, length)
 
+    def sha256(self) -> str:
+        """The digest of all documents in their order."""
+        return hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
+
     def digests(self) -> frozenset[str]:
         """The digest of each long line, to find text that two sets share."""
         lines = (line.strip() for document in self.documents for line in document.splitlines())

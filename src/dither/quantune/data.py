@@ -1,11 +1,10 @@
 """What a search is calibrated on, judged by and, at the end, tested with: three sets without anything in common."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dither.data import DataSet, ImageSet, TextSet, open_data
+from dither.data import DataSet, TextSet, open_data
 from dither.data.calibration import LENGTH
 from dither.data.split import split_pictures, split_text
 from dither.errors import InputError
@@ -53,7 +52,7 @@ class TuningData:
 
     def digests(self) -> dict[str, str]:
         """What tells these sets from others."""
-        return {"calibration data": _digest(self.calibration), "data to judge by": _digest(self.data)}
+        return {"calibration data": self.calibration.sha256(), "data to judge by": self.data.sha256()}
 
 
 def open_tuning_data(
@@ -112,9 +111,3 @@ def _same(one: str | Path | DataSet, other: str | Path | DataSet) -> bool:
     if isinstance(one, str | Path) and isinstance(other, str | Path):
         return Path(one).resolve() == Path(other).resolve()
     return one is other
-
-
-def _digest(data: DataSet) -> str:
-    if isinstance(data, ImageSet):
-        return data.sha256()
-    return hashlib.sha256("\0".join(data.documents).encode()).hexdigest()
