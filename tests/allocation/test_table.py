@@ -12,6 +12,7 @@ from dither.allocation.solve import solve
 from dither.allocation.table import Fixed, Option, ScoreTable, Unit
 from dither.errors import InputError, ShapeError
 from dither.formats.spec import QuantSpec
+from dither.report.allocation import allocation_rows
 
 
 @pytest.fixture(name="table")
@@ -91,6 +92,23 @@ def test_a_layer_in_full_precision_is_skipped_not_overridden(table: ScoreTable) 
 def test_an_impossible_budget_says_what_is_possible_in_bits_a_weight(table: ScoreTable) -> None:
     with pytest.raises(InputError, match=r"1\.5 bits a weight asked for, 2\.25 to 16 possible.* take 1000 bytes, 56%"):
         solve(table, {"size": table.size_for_bits(1.5)})
+
+
+def test_an_impossible_budget_says_what_is_possible_in_bytes_of_the_model(table: ScoreTable) -> None:
+    least, most = (f"{(bits + 8000) / 8:,.0f}" for bits in (675 + 225, 4800 + 1600))
+    with pytest.raises(InputError, match=f"a size of 1,050 bytes cannot be met: the model takes {least} to {most} "):
+        solve(table, {"size": table.size_for_bytes(1050.0)})
+
+
+def test_an_unknown_cost_names_the_nearest(table: ScoreTable) -> None:
+    with pytest.raises(InputError, match="did you mean 'size'"):
+        solve(table, {"sise": 1e6})
+
+
+def test_what_rounding_leaves_is_no_gap(table: ScoreTable) -> None:
+    found = solve(table, {"size": table.size_for_bits(8.0)})
+    gaps = [allocation_rows([replace(found, gap=gap)])[0]["Gap"] for gap in (1e-16, -1e-16, 0.0123, None)]
+    assert gaps == ["0 %", "0 %", "1.2 %", "unknown"]
 
 
 def test_a_file_that_is_no_allocation_is_refused() -> None:

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from dither.errors import InputError, ShapeError
+from dither.errors import InputError, ShapeError, nearest
 
 _ROUNDING = 1e-12  # of a budget: sums of fractional costs differ by this in another order; whole bits never do
 
@@ -40,7 +40,8 @@ class Problem:
             raise InputError("an allocation needs at least one budget")
         for name in self.budgets:
             if name not in self.costs:
-                raise InputError(f"there is no cost {name!r} in the table; it has {', '.join(self.costs)}")
+                known = ", ".join(self.costs)
+                raise InputError(f"there is no cost {name!r} in the table; it has {known}{nearest(name, self.costs)}")
             if self.costs[name].shape != self.scores.shape:
                 raise ShapeError(f"costs {name!r} of {self.costs[name].shape}, scores of {self.scores.shape}")
         if not self.allowed.any(axis=1).all():

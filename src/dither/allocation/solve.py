@@ -9,7 +9,7 @@ from dither.allocation.knapsack import knapsack
 from dither.allocation.lagrangian import lagrangian
 from dither.allocation.monotone import monotone
 from dither.allocation.pairwise import pairwise
-from dither.allocation.problem import Problem, Solver
+from dither.allocation.problem import Problem, Solver, within
 from dither.allocation.table import SIZE, ScoreTable
 from dither.allocation.uniform import uniform
 from dither.errors import InputError, nearest
@@ -42,10 +42,9 @@ def problem_of(table: ScoreTable, budgets: Mapping[str, float]) -> Problem:
     Raises:
         InputError: a budget that cannot be met; the message says what can, and what share of the model is fixed.
     """
-    try:
-        return Problem(table.scores, table.costs, budgets, table.priority, table.pairs)
-    except InputError as error:
-        raise InputError(f"{error}{_in_bits(table, budgets)}") from None
+    if SIZE in budgets and table.parameters:
+        _check_size(table, budgets[SIZE])
+    return Problem(table.scores, table.costs, budgets, table.priority, table.pairs)
 
 
 def solve(table: ScoreTable, budgets: Mapping[str, float], solver: str = "milp") -> Allocation:
@@ -59,13 +58,16 @@ def solve(table: ScoreTable, budgets: Mapping[str, float], solver: str = "milp")
     return Allocation.of(table, problem, solution)
 
 
-def _in_bits(table: ScoreTable, budgets: Mapping[str, float]) -> str:
-    if SIZE not in budgets or not table.parameters:
-        return ""
+def _check_size(table: ScoreTable, budget: float) -> None:
+    """Refuse a size below the least, in the units that users ask in: bits a weight, and bytes of the whole model."""
     low, high = Problem(table.scores, table.costs, {SIZE: float("inf")}).range(SIZE)
+    if within(low, budget):
+        return
+    asked, least, most = ((bits + table.fixed_bits) / 8 for bits in (budget, low, high))
     share = table.fixed_bits / (table.fixed_bits + high)
-    asked = budgets[SIZE] / table.parameters
-    return (
-        f" ({asked:.4g} bits a weight asked for, {low / table.parameters:.4g} to {high / table.parameters:.4g} "
-        f"possible; parts that are not chosen for take {table.fixed_bits // 8} bytes, {share:.0%} of the largest model)"
+    raise InputError(
+        f"a size of {asked:,.0f} bytes cannot be met: the model takes {least:,.0f} to {most:,.0f} "
+        f"({budget / table.parameters:.4g} bits a weight asked for, {low / table.parameters:.4g} to "
+        f"{high / table.parameters:.4g} possible; parts that are not chosen for take {table.fixed_bits // 8} bytes, "
+        f"{share:.0%} of the largest model); ask for more, or offer smaller options"
     )

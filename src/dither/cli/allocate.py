@@ -56,7 +56,10 @@ LatencyFile = Annotated[
 ]  # fmt: skip
 By = Annotated[str, typer.Option(metavar="NAME", help="What is measured; settings follow, as in hawq-v2+probes=20.")]
 Solver = Annotated[
-    str | None, typer.Option(metavar="NAME", help="milp, lagrangian, dp, hawq-v2 or uniform.", show_default=False)
+    str | None,
+    typer.Option(
+        metavar="NAME", help="milp, lagrangian, dp, hawq-v2, uniform, pairwise or clusters.", show_default=False
+    ),
 ]
 Options = Annotated[
     str | None,

@@ -17,6 +17,7 @@ from dither.report.html import Cell, Plot, about, environment
 
 _SETTINGS = ("sensitivity", "settings", "method", "options", "time_s", "draws", "negative")
 _PROVENANCE = ("dither", "torch", "transformers", "python", "device", "seed", "model_sha256", "calibration")
+_ROUNDING = 1e-9  # of a gap, relative to the score
 UNITS = "Score of each unit as each format, lower is better; bars are standard errors where they are known."
 FRONTIER = (
     "Total score against stored bits a weight. The line is the lower convex hull of all allocations; none lies below. "
@@ -82,7 +83,7 @@ def allocation_rows(allocations: Sequence[Allocation]) -> list[dict[str, str]]:
             "Size": f"{table.size(one.size_bytes)}, {one.fixed_share:.0%} fixed",
             "Score": table.significant(one.score),
             "Solver": f"{one.solver}: {one.status}",
-            "Gap": "unknown" if one.gap is None else f"{100 * one.gap:.2g} %",
+            "Gap": _gap(one.gap),
         }
         for one in allocations
     ]
@@ -154,7 +155,7 @@ def render_allocation(data: Mapping[str, Any]) -> str:
             "Fixed": _cell(one["fixed_share"], table.percent(one["fixed_share"])),
             "Score": _cell(one["score"]),
             "Solver": Cell(f"{one['solver']}: {one['status']}"),
-            "Gap": _cell(one["gap"], "unknown" if one["gap"] is None else f"{100 * one['gap']:.2g} %"),
+            "Gap": _cell(one["gap"], _gap(one["gap"])),
         }
         for one in made
     ]
@@ -230,6 +231,13 @@ def frontier_plot(data: Mapping[str, Any]) -> str:
         marks = [("best within each budget", 0), ("allocations", 1)][: 2 if made else 1]
         canvas.legend(ax, [canvas.mark(index, text) for text, index in marks])
         return canvas.svg(drawn, "Score against bits", f"{len(corners)} corners, {len(made)} allocations.")
+
+
+def _gap(gap: float | None) -> str:
+    """In percent; what a solver's rounding leaves is no gap."""
+    if gap is None:
+        return "unknown"
+    return "0 %" if abs(gap) < _ROUNDING else f"{100 * gap:.2g} %"
 
 
 def _asked(one: Allocation) -> str:
