@@ -91,6 +91,7 @@ def test_dimensions_that_mean_nothing_are_refused(values: dict[str, Any], messag
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"methods": ["gtpq"]}, "did you mean 'gptq'"),
+    ({"methods": ["rtn", "gtpq+damping=0.1"]}, "did you mean 'gptq'"),
     ({"weights": ["nuq3"]}, "no method takes these formats"),
     ({"granularity": ["g7"]}, "group size 7"),
     ({"ends": ["int9"]}, "bits must be 1 to 8"),

@@ -16,7 +16,6 @@ from dither.cli.options import (
     Quiet,
     RayAddress,
     Seed,
-    Workers,
     chosen_device,
     listed,
 )
@@ -70,6 +69,7 @@ Among = Annotated[
                  "percentile,mse), granularity (tensor,channel,g64), ends (quantized,int8,kept) or samples (8,32,128).",
                  show_default=False, rich_help_panel=_SPACE),
 ]  # fmt: skip
+AtOnce = Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Trials at once, a process for each.")]
 TrialEngine = Annotated[
     str, typer.Option("--engine", metavar="NAME", help="Where `--workers` trials run at once: local or ray.")
 ]
@@ -93,7 +93,7 @@ def tune(
     among: Among = None,
     count: Count = None,
     length: Length = None,
-    workers: Workers = 1,
+    workers: AtOnce = 1,
     engine: TrialEngine = "local",
     ray_address: RayAddress = None,
     json: Json = False,

@@ -18,7 +18,7 @@ from torch import nn
 from dither.errors import DitherError, InputError, nearest
 from dither.formats.layout import Layout
 from dither.formats.spec import QuantSpec
-from dither.methods import METHODS, PRESETS
+from dither.methods import METHODS, PRESETS, method_class
 from dither.methods.base import Method
 from dither.models.anatomy import Anatomy
 from dither.models.layers import is_layer, matrix_shape
@@ -198,6 +198,9 @@ def _check_names(dimensions: Sequence[Dimension]) -> None:
         raise InputError(f"expected dimensions {', '.join(NAMED)}; got {unknown[0]!r}")
     if lacking := [name for name in ("method", "weights", "activations") if name not in names]:
         raise InputError(f"the space has no dimension {lacking[0]!r}")
+    methods = next(dimension.values for dimension in dimensions if dimension.name == "method")
+    for text in methods:  # a misspelt one is an error of the user's, not a method that does not fit
+        method_class(str(text).split("+")[0].strip())
 
 
 def _format(text: str, tokens: str) -> str:
