@@ -41,6 +41,15 @@ def test_a_value_out_of_range_is_refused_with_field_and_value() -> None:
         build_method("erk", {})
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("baq+average=25", r"method 'baq', average: Input should be less than or equal to 8; got 25"),
+    ("zeroq+distillation={stesp: 5}", r"method 'zeroq', distillation\.stesp: there is no such setting; got 5"),
+])  # fmt: skip
+def test_a_refused_value_is_told_in_the_user_s_words(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_method(text, {})
+
+
 def test_changes_win_over_a_recipe_and_lists_grow() -> None:
     data = {"schema": 1, "method": "rtn", "weights": "int4", "skip": ["head"], "overrides": {"a": "int8", "b": "int2"}}
     method = from_data(data, "here", {"weights": "int3", "skip": ["stem"], "overrides": {"b": "int6"}})

@@ -30,9 +30,16 @@ def build_method(name: str, fields: Mapping[str, Any]) -> Method:
         return kind(**{**preset(name)[1], **fields})
     except ValidationError as error:
         detail = error.errors()[0]
-        where = ".".join(str(part) for part in detail["loc"])
+        where = ".".join(str(part) for part in detail["loc"] if part in kind.model_fields or not _is_branch(part))
         message = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            message = "there is no such setting"
         raise InputError(f"method {name!r}, {where}: {message}; got {detail['input']!r}") from None
+
+
+def _is_branch(part: str | int) -> bool:
+    """Is part of a place pydantic's name of a union's branch, which no user wrote?"""
+    return str(part).startswith(("constrained-", "function-")) or part in ("int", "float", "str", "bool")
 
 
 def parse_method(text: str, fields: Mapping[str, Any]) -> Method:

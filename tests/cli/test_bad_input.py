@@ -75,6 +75,8 @@ def test_activations_that_overflow_name_their_module(refused: Callable[..., str]
         (("--weights", "int4:g7"), "7"),
         (("--set", "dampin=1"), "no field 'dampin'"),
         (("--set", "inputs=fq"), "inputs"),
+        (("--size", "2MB"), "--size goes with the method zeroq, not with rtn; dither allocate --size"),
+        (("--prune", "0.3"), "--prune goes with the method udfc, not with rtn"),
         (("--skip", "clasifier"), "did you mean 'classifier'"),
         (("--override", "vit.layer.0.*=int8"), "matches no layer"),
         (("--override", "classifier=int0"), "bits must be 1 to 8"),
@@ -178,7 +180,7 @@ def test_a_disk_that_fills_up_can_be_resumed(
 
 def test_a_quantized_model_is_not_quantized_again(run: Run, quantized: Path, calibration: Path) -> None:
     done = run("quantize", quantized, "--calibration", calibration, "-m", "rtn", "-o", "out")
-    assert "quantize" in error_line(done)
+    assert "is quantized already; give the model that it was made from" in error_line(done)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "inspect"])

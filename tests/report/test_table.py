@@ -93,6 +93,9 @@ def test_the_reasons_count_every_module_once(quantize_data: Data) -> None:
     reasons = table.coverage_reasons(data)
     assert sum(int(row["Modules"]) for row in reasons) == len(table.coverage_rows(data)) == len(data["coverage"])
     assert reasons[0]["Status"] == "quantized"
+    norms = [{"name": f"n{i}", "status": "folded", "reason": f"folded into c{i}", "parameters": 2} for i in range(3)]
+    folded = [row for row in table.coverage_reasons({**data, "coverage": norms}) if row["Status"] == "folded"]
+    assert [row["Modules"] for row in folded] == ["3"]
 
 
 def test_a_report_without_lists_gives_no_rows() -> None:

@@ -18,6 +18,7 @@ from dither.errors import DitherError, InputError
 from dither.models.layers import is_layer
 from dither.nn.attention import OperandMode
 from dither.nn.experts import everyone_called
+from dither.nn.linear import QuantizedConv2d, QuantizedLinear
 
 HEAD = "the head over the vocabulary stays in full precision; an override of this name quantizes it"
 
@@ -62,6 +63,8 @@ def read_anatomy(model: nn.Module, run: Callable[[], object], wanted: Collection
         where = f"{type(model).__name__} fails on the first calibration batch"
         raise InputError(f"{where}: {error}; give it inputs as it expects") from error
     names = {name: module for name, module in model.named_modules() if is_layer(module)}
+    if not names and any(isinstance(module, QuantizedLinear | QuantizedConv2d) for module in model.modules()):
+        raise InputError(f"{type(model).__name__} is quantized already; give the model that it was made from")
     if not names:
         raise InputError(f"{type(model).__name__} has no Linear or Conv2d layer: there is nothing to quantize")
     kept = {name: "never called in the forward pass" for name in names if trace.calls[name] == 0}

@@ -251,7 +251,8 @@ def coverage_reasons(data: Mapping[str, Any]) -> list[dict[str, str]]:
     """The coverage in a few lines: modules and parameters per status and reason, quantized first, then the largest."""
     groups: dict[tuple[str, str], tuple[int, float]] = {}
     for module in items(data, "coverage"):
-        key = (plain(module.get("status")), plain(module.get("reason")))
+        status = plain(module.get("status"))  # which layer a norm is folded into, its own row says
+        key = (status, "folded into the layer before" if status == "folded" else plain(module.get("reason")))
         modules, parameters = groups.get(key, (0, 0.0))
         groups[key] = (modules + 1, parameters + (number(module.get("parameters")) or 0.0))
     ordered = sorted(groups.items(), key=lambda item: (item[0][0] != "quantized", -item[1][1], item[0]))
