@@ -202,7 +202,9 @@ def begin(
     network = _open(model, device, stream, team)
     if made:
         settings = own or Distillation()
-        pictures, facts = calibration_without_data(network, settings, count, seed, batch_size, progress)
+        pictures, facts = team.agree(  # gradients on a GPU differ in their last bits, and ranks share these pictures
+            lambda: calibration_without_data(network, settings, count, seed, batch_size, progress)
+        )
         run = Run(network, method, pictures, progress, team)
         run.facts |= {"distilled": facts} if facts else {}
         return run, None

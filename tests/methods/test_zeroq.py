@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import dither
+from dither import pipeline
+from dither.engine.team import Alone
 from dither.errors import InputError
 from dither.formats.spec import QuantSpec
 from dither.methods import RTN
@@ -120,3 +122,26 @@ def test_sizes_are_read_as_people_write_them() -> None:
     assert build_method("zeroq", {"size": "none"}).size is None  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="method 'zeroq', size"):
         build_method("zeroq", {"size": "small"})
+
+
+def test_ranks_share_the_pictures_of_rank_0(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deciding: list[bool] = []
+
+    class Watching(Alone):
+        def agree(self, decide: Callable[[], Any]) -> Any:
+            deciding.append(True)
+            try:
+                return decide()
+            finally:
+                deciding.pop()
+
+    make, alone = pipeline.calibration_without_data, []
+
+    def watched(*arguments: Any) -> Any:
+        alone.append(not deciding)
+        return make(*arguments)
+
+    monkeypatch.setattr(pipeline, "calibration_without_data", watched)
+    method = ZeroQ(distillation=FEW)
+    pipeline.begin(folder, method, None, None, 0, 32, "cpu", None, False, None, Watching())
+    assert alone == [False]
