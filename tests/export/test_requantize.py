@@ -95,6 +95,19 @@ def test_a_model_of_another_tool_changes_its_scheme(quantized: Callable[..., Pat
     assert np.sqrt(np.square(found - true).mean()) < (0.12 if "pow2" in to else 0.05) * true.std()
 
 
+def test_types_that_a_model_notes_of_its_codes_change_with_them(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    model = onnx.load(quantized())
+    model.opset_import[0].version = 21
+    model = onnx.shape_inference.infer_shapes(model)
+    assert any(one.type.tensor_type.elem_type == TensorProto.UINT8 for one in model.graph.value_info)
+    onnx.save(model, str(tmp_path / "noted.onnx"))
+    requantize(tmp_path / "noted.onnx", "int8:tensor:pow2", tmp_path / "out.onnx")
+    found = onnx.load(tmp_path / "out.onnx")
+    assert found.opset_import[0].version == 20  # transposed int8 codes do not open in 21
+    pixels = np.random.default_rng(5).standard_normal(SHAPE).astype(np.float32)
+    assert np.isfinite(answers(found, pixels)).all()
+
+
 def test_weights_in_another_scheme_stay_near_what_they_were(quantized: Callable[..., Path], tmp_path: Path) -> None:
     requantize(quantized(), "int8:channel", tmp_path / "out.onnx", correct_weights=False)
     before, after = (Graph(onnx.load(path).graph) for path in (quantized(), tmp_path / "out.onnx"))

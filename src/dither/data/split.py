@@ -49,5 +49,7 @@ def split_text(text: TextSet) -> tuple[TextSet, TextSet]:
     seen = {line.strip() for line in lines[:cut]}
     rest = [line for line in lines[cut:] if len(line.strip()) < LONG_LINE or line.strip() not in seen]
     if not lines[:cut] or not "".join(rest).strip():
-        raise InputError(f"{text.source!r} has too few lines to calibrate on some and judge by others; give --data")
+        raise InputError(
+            f"{text.source!r} has too few lines to calibrate on some and judge by others; give --calibration and --data"
+        )
     return replace(text, documents=("".join(lines[:cut]),)), replace(text, documents=("".join(rest),))

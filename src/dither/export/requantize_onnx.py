@@ -24,6 +24,8 @@ from dither.formats.spec import QuantSpec
 from dither.transforms.requantize import activation_scale, folded_bias, highest, weight_codes, weight_scale
 
 _INT32 = 2**31 - 1
+_NARROW = (TensorProto.INT4, TensorProto.UINT4)
+_CODES = (TensorProto.INT8, TensorProto.UINT8)
 RANGE = (-2.0, 2.0)  # of pictures that are normalized by their mean and standard deviation
 Pixels = Float[np.ndarray, "b c h w"]
 Progress = Callable[[str, int, int], None]
@@ -70,7 +72,8 @@ def requantized(
     """
     model = onnx.ModelProto()
     model.CopyFrom(source)
-    graph, remarks = Graph(model.graph), list[str]()
+    _forget_types(model)
+    graph, remarks, without_bias = Graph(model.graph), list[str](), list[str]()
     found = list(layers(graph))
     names = {layer.name: layer.node.input[0] for layer in found}
     means = measured(source, names, pixels, {layer.name: layer.node.op_type for layer in found})
@@ -80,10 +83,11 @@ def requantized(
         _change_activation(graph, quantizer, spec, parts.unsigned)
     stored = {layer.name: _change_weight(graph, layer, weights[layer.name], means, spec, parts) for layer in found}
     _change_constants(graph, found)
+    _lower_opset(graph, model)
     for number, layer in enumerate(found):
         name, bias = layer.name, biases[layer.name]
         if bias is None and parts.fold_errors and layer.node.op_type == "MatMul":
-            remarks.append(f"{name}: it has no bias to fold its rounding errors into")
+            without_bias.append(name)
             continue
         if bias is not None or parts.fold_errors:
             rows = _rows(weights[name], layer.axis), _rows(stored[name], layer.axis)
@@ -96,9 +100,29 @@ def requantized(
             _store_bias(graph, layer, bias, remarks)
         if progress is not None:
             progress(name, number + 1, len(found))
+    if without_bias:
+        remarks.append(f"no bias to fold rounding errors into: {', '.join(without_bias)}")
     graph.remove_unused()
     onnx.checker.check_model(model)
     return model, remarks
+
+
+def _forget_types(model: onnx.ModelProto) -> None:
+    """Drop what a model notes of the types of its codes: they change, and whoever runs it infers them."""
+    kept = [one for one in model.graph.value_info if one.type.tensor_type.elem_type not in _CODES]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+
+
+def _lower_opset(graph: Graph, model: onnx.ModelProto) -> None:
+    """From opset 21 to 20, which holds all codes that are left: ONNX Runtime cannot open int8 codes that are transposed
+    in a graph of 21, as its passes from int8 to uint8 contradict themselves there.
+    """
+    graph.remove_unused()
+    narrow = any(tensor.data_type in _NARROW for tensor in model.graph.initializer)
+    for one in model.opset_import:
+        if one.domain == "" and one.version == 21 and not narrow and not graph.of_type("GroupNormalization"):
+            one.version = 20
 
 
 def pictures_like_nature(shape: tuple[int, int, int, int], low: float, high: float) -> Pixels:
@@ -185,6 +209,9 @@ def _change_activation(graph: Graph, quantizer: ActivationNode, spec: QuantSpec,
             )
         del one.input[1:]
         one.input.extend(grid)
+        stated = [a for a in one.attribute if a.name != "output_dtype"]  # the zero-point's type says it
+        del one.attribute[:]
+        one.attribute.extend(stated)
     graph.refresh()
 
 
