@@ -93,6 +93,12 @@ def test_a_group_size_that_does_not_divide_names_the_layer(refused: Callable[...
     assert "vit.embeddings.patch_embeddings.projection" in refused("--weights", "int4:g32")  # 48 inputs
 
 
+def test_fields_may_follow_a_method_s_name(run: Run, tiny_model: Path, calibration: Path) -> None:
+    plan = ("quantize", tiny_model, "--calibration", calibration, "--dry-run", "-m")
+    assert run(*plan, "gptq+damping=0.1").code == 0
+    assert "damping: Input should be" in error_line(run(*plan, "gptq+damping=-1"))
+
+
 def test_an_unknown_method(run: Run, tiny_model: Path, calibration: Path) -> None:
     line = error_line(run("quantize", tiny_model, "--calibration", calibration, "-m", "gtpq", "-o", "out"))
     assert "did you mean 'gptq'" in line

@@ -200,17 +200,17 @@ def _run(
 def _method(recipe: str | None, name: str, fields: dict[str, Any]) -> Any:
     from dither.errors import InputError
     from dither.methods import METHODS, method_class
-    from dither.recipe import build_method, read_recipe
+    from dither.recipe import parse_method, read_recipe
 
     if recipe:
         return read_recipe(recipe, fields)
-    known = method_class(name).model_fields
+    known = method_class(name.partition("+")[0].strip()).model_fields
     for option in ("size", "prune"):
         if option in fields and option not in known:
             able = ", ".join(one for one, kind in METHODS.items() if option in kind.model_fields)
             near = "; dither allocate --size chooses bits for every method" if option == "size" else ""
             raise InputError(f"--{option} goes with the method {able}, not with {name}{near}")
-    return build_method(name, fields)
+    return parse_method(name, fields)
 
 
 def _check_data(method: Any, calibration: str | None) -> None:
