@@ -189,7 +189,7 @@ def scores_plot(data: Mapping[str, Any]) -> str:
     with canvas.style("scores"):
         drawn = canvas.figure(3.6)
         ax = drawn.subplots()
-        canvas.place(drawn, 0.6, 0.15, 0.35, 0.5)
+        canvas.place(drawn, 0.85, 0.15, 0.35, 0.5)
         canvas.shade_blocks(ax, names, rows=False)
         for index, option in enumerate(options):
             points = [(x, unit["scores"][index] or 0.0) for x, unit in enumerate(units)]
@@ -215,7 +215,7 @@ def frontier_plot(data: Mapping[str, Any]) -> str:
     with canvas.style("frontier"):
         drawn = canvas.figure(3.4)
         ax = drawn.subplots()
-        canvas.place(drawn, 0.6, 0.15, 0.35, 0.45)
+        canvas.place(drawn, 0.85, canvas.label_margin(["", *(str(row["option"]) for row in same)]), 0.35, 0.45)
         ax.plot(
             [row["bits"] for row in corners], [row["score"] or math.nan for row in corners], color=canvas.PALETTE[0]
         )
