@@ -119,16 +119,16 @@ def score_rows(scores: ScoreTable) -> list[dict[str, str]]:
         error = None if scores.errors is None else float(scores.errors[row, worst])
         share = None if error is None or not finite[row, worst] else 100 * error / float(finite[row, worst])
         values = {
-            text: table.significant(_plain(scores.scores[row, p])) for p, text in enumerate(short_options(scores))
+            text: table.significant(_plain(scores.scores[row, p])) for p, text in enumerate(shortened(scores.options))
         }
         unit = {"Unit": scores.units[row].name, "Weights": table.count(scores.units[row].parameters)}
         rows.append({**unit, **values, "± %": "–" if share is None or math.isnan(share) else f"{share:.0f}"})
     return rows
 
 
-def short_options(scores: ScoreTable) -> list[str]:
-    """The options without the tokens that all end in: `int4`, `int8` for `int4:tensor:asym`, `int8:tensor:asym`."""
-    parts = [str(option).split(":") for option in scores.options]
+def shortened(options: Sequence[object]) -> list[str]:
+    """Formats without the tokens that all end in: `int4`, `int8` for `int4:tensor:asym`, `int8:tensor:asym`."""
+    parts = [str(option).split(":") for option in options]
     while len(parts) > 1 and all(len(part) > 1 and part[-1] == parts[0][-1] for part in parts):
         parts = [part[:-1] for part in parts]
     return [":".join(part) for part in parts]
@@ -137,7 +137,7 @@ def short_options(scores: ScoreTable) -> list[str]:
 def render_allocation(data: Mapping[str, Any]) -> str:
     """The report as HTML text."""
     units, made = items(data, "units"), items(data, "allocations")
-    options = [str(option) for option in data.get("options", ())]
+    options = shortened(data.get("options", ()))
     rows = [
         {
             "Unit": Cell(str(unit["name"])),
@@ -184,7 +184,7 @@ def scores_plot(data: Mapping[str, Any]) -> str:
     """A line for each option over the units in execution order."""
     units = items(data, "units")
     names = [str(unit["name"]) for unit in units]
-    options = [str(option) for option in data["options"]]
+    options = shortened(data["options"])
     known = [score for unit in units for score in unit["scores"] if score]
     with canvas.style("scores"):
         drawn = canvas.figure(3.6)
@@ -211,20 +211,19 @@ def scores_plot(data: Mapping[str, Any]) -> str:
 def frontier_plot(data: Mapping[str, Any]) -> str:
     """The hull, the allocations on it, and one format everywhere."""
     corners, made, same = items(data, "frontier"), items(data, "allocations"), items(data, "uniform")
+    names = shortened([row["option"] for row in same])
     known = [float(row["score"]) for row in (*corners, *made, *same) if row["score"]]
     with canvas.style("frontier"):
         drawn = canvas.figure(3.4)
         ax = drawn.subplots()
-        canvas.place(drawn, 0.85, canvas.label_margin(["", *(str(row["option"]) for row in same)]), 0.35, 0.45)
+        canvas.place(drawn, 0.85, canvas.label_margin(["", *names]), 0.35, 0.45)
         ax.plot(
             [row["bits"] for row in corners], [row["score"] or math.nan for row in corners], color=canvas.PALETTE[0]
         )
         ax.plot([row["bits"] for row in made], [row["score"] for row in made], "o", color=canvas.PALETTE[1])
         ax.plot([row["bits"] for row in same], [row["score"] for row in same], "x", color=canvas.MUTED)
-        for row in same:
-            ax.annotate(
-                str(row["option"]), (row["bits"], row["score"]), (4, 4), textcoords="offset points", color=canvas.MUTED
-            )
+        for name, row in zip(names, same, strict=True):
+            ax.annotate(name, (row["bits"], row["score"]), (4, 4), textcoords="offset points", color=canvas.MUTED)
         canvas.log_axis(ax, "y", known)
         ax.set_xlabel("stored bits a weight")
         ax.set_ylabel("total score")
