@@ -1,6 +1,6 @@
 """Searches of a block's ranges by the outputs of its layers: which rows a layer is judged by, and what is stored."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dither.calibrate import LayerSolution, LayerTask, measure, solve_and_store
-from dither.engine.local import InProcess
+from dither.engine.local import Engine, InProcess
 from dither.formats.activation import Scales
 from dither.formats.fit import fit_grid
 from dither.formats.qtensor import QTensor, quantize
@@ -52,6 +52,20 @@ class Searched:
 def calibrated(spec: QuantSpec | None, scales: Scales | None) -> ActivationQuantizer | None:
     """The quantizer of searched scales; None where none were searched."""
     return None if spec is None or scales is None else ActivationQuantizer(spec).set(scales)
+
+
+def search_block(
+    block: Block,
+    weights: Mapping[str, QuantSpec],
+    specs: Mapping[str, QuantSpec | None],
+    rows: int,
+    inputs: Inputs,
+    engine: Engine,
+    search: Callable[[SearchTask], Searched],
+) -> None:
+    """Search every layer of a block on its own, in formats of weights and inputs, and store what was found."""
+    found = {one.name: one for one in engine.map(search, search_tasks(block, weights, specs, rows, inputs))}
+    store_searched(block, specs, found, inputs)
 
 
 def search_tasks(

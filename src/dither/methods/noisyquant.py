@@ -28,7 +28,7 @@ from dither.models.gradients import Gradients
 from dither.models.losses import drawn_prediction_loss
 from dither.models.output_gradients import output_rows
 from dither.nn.activation import ActivationQuantizer
-from dither.scale_search import Searched, SearchTask, calibrated, search_tasks, store_searched
+from dither.scale_search import Searched, SearchTask, calibrated, search_block
 from dither.solvers.noise_search import noise_by_condition, search_noise
 from dither.solvers.output_search import Candidates, Found, Target, search_in_turns, search_input
 from dither.statistics.sensitivity import Sensitivity
@@ -86,11 +86,8 @@ class NoisyQuant(Method):
         """Search the ranges and the noise of each layer on its own, then store it."""
         for block in blocks:
             quantize_operands(block, self.operand_specs(), self.inputs)
-            specs = self.input_specs(block)
-            weights = {name: self.weight_spec(name) for name in specs}
-            tasks = search_tasks(block, weights, specs, self.rows, self.inputs)
-            found = {one.name: one for one in engine.map(self.search, tasks)}
-            store_searched(block, specs, found, self.inputs)
+            weights = {name: self.weight_spec(name) for name in block.unit.layers}
+            search_block(block, weights, self.input_specs(block), self.rows, self.inputs, engine, self.search)
 
     def search(self, task: SearchTask) -> Searched:
         """Ranges, then noise of one layer."""

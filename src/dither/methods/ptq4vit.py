@@ -27,7 +27,7 @@ from dither.methods.base import Method
 from dither.models.gradients import Gradients
 from dither.models.losses import Loss, drawn_prediction_loss, own_prediction_loss, self_divergence_loss
 from dither.models.output_gradients import output_rows
-from dither.scale_search import Searched, SearchTask, calibrated, search_tasks, store_searched
+from dither.scale_search import Searched, SearchTask, calibrated, search_block
 from dither.solvers.output_search import Candidates, search_in_turns
 from dither.statistics.sensitivity import Sensitivity
 from dither.walk import Block
@@ -84,11 +84,8 @@ class PTQ4ViT(Method):
         """Search the ranges of each layer on its own, then store it."""
         for block in blocks:
             quantize_operands(block, self.operand_specs(), self.inputs)
-            specs = self.input_specs(block)
-            weights = {name: self.weight_spec(name) for name in specs}
-            tasks = search_tasks(block, weights, specs, self.rows, self.inputs)
-            found = {one.name: one for one in engine.map(self.search, tasks)}
-            store_searched(block, specs, found, self.inputs)
+            weights = {name: self.weight_spec(name) for name in block.unit.layers}
+            search_block(block, weights, self.input_specs(block), self.rows, self.inputs, engine, self.search)
 
     def search(self, task: SearchTask) -> Searched:
         """Ranges of one layer."""
