@@ -3,7 +3,6 @@
 import copy
 import logging
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,6 +17,7 @@ from dither.data.calibration import LENGTH, prepare_calibration
 from dither.distilled import DISTILLED, calibration_without_data
 from dither.engine.local import Engine
 from dither.engine.opened import opened, team_of
+from dither.engine.purpose import single_purpose
 from dither.engine.ranks import Ranks
 from dither.engine.team import ALONE, Team
 from dither.errors import InputError
@@ -263,15 +263,3 @@ def _fingerprint(facts: dict[str, Any], method: Method) -> dict[str, Any]:
         "recipe": resolved(method),
         "software or device": versions,
     }
-
-
-@contextmanager
-def single_purpose():  # type: ignore[no-untyped-def]
-    """No gradients, and no reduced precision in statistics and solves."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

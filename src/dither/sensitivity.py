@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from dither.allocation.table import Option, ScoreTable
+from dither.engine.local import Engine
+from dither.engine.opened import opened, team_of
+from dither.engine.purpose import single_purpose
 from dither.errors import InputError
 from dither.methods.base import Method
 from dither.models.layers import is_layer, matrix_shape
-from dither.pipeline import begin, single_purpose
+from dither.pipeline import begin
 from dither.provenance import provenance
 from dither.recipe import parse_method
 from dither.run import Progress, Run
@@ -47,6 +50,9 @@ def measure(
     batch_size: int = 32,
     device: str | torch.device | None = None,
     stream: bool | None = None,
+    engine: Engine | str = "auto",
+    workers: int = 1,
+    ray_address: str | None = None,
     progress: Progress | None = None,
 ) -> ScoreTable:
     """What each option would cost each unit of a model, in loss and in resources.
@@ -55,7 +61,8 @@ def measure(
     `method` completes its `weights`; by default integers of 2, 3, 4, 6 and 8 bits, in groups of 64 where all layers
     allow it. `skip` and `ties` are patterns of layers to leave out, and comma-separated ones of layers that share a
     choice. With a folder `scores` the table is kept there, and an interrupted measurement goes on where it stopped.
-    `stream` reads the model block by block, as `quantize` does; only `error` can be measured then.
+    `stream` reads the model block by block, as `quantize` does; only `error` can be measured then. `engine` is where
+    probes run, as in `quantize`, but not on torchrun's ranks; `workers` each have a copy of the model.
 
     Raises:
         InputError: data, options or patterns do not fit the model.
@@ -64,7 +71,9 @@ def measure(
     rtn = parse_method("rtn", {"skip": list(skip)})  # another method's default format may fit no layer of this model
     run, _ = begin(model, rtn, calibration, count, seed, batch_size, device, length, stream, progress)
     parsed = read_options(options or default_options(run), parse_method(method, {}))
-    with single_purpose():
+    with single_purpose(), opened(engine, workers, device, ray_address) as pool:
+        if team_of(pool).size > 1:
+            raise InputError("a score table is measured by one process and its workers; start it without torchrun")
         traced = trace(run.network, run.anatomy, run.data.batches[0])
         units = find_units(run.network, run.anatomy, traced, ties)
         possible = able(run.network, units, parsed)
@@ -79,7 +88,7 @@ def measure(
             started = perf_counter()
             probe = Probe(
                 run.network, run.anatomy, run.data.batches, units, parsed, possible, seed,
-                Kept(None if folder is None else folder / "parts"), progress,
+                Kept(None if folder is None else folder / "parts"), progress, pool,
             )  # fmt: skip
             found = chosen.measure(probe)
             facts |= {"time_s": perf_counter() - started, **found.facts}

@@ -11,12 +11,15 @@ from dither.cli.options import (
     Calibration,
     Debug,
     Device,
+    EngineOption,
     Json,
     Length,
     Model,
     Quiet,
+    RayAddress,
     Samples,
     Seed,
+    Workers,
     chosen_device,
     listed,
     read_bytes,
@@ -101,6 +104,9 @@ def allocate(
     samples: Samples = None,
     length: Length = None,
     batch_size: BatchSize = 32,
+    workers: Workers = 1,
+    engine: EngineOption = "auto",
+    ray_address: RayAddress = None,
     json: Json = False,
     device: Device = None,
     seed: Seed = 0,
@@ -130,16 +136,13 @@ def allocate(
         limits = _limits(limit or [])
         wanted: list[float | None] = [_number("--bits", text) for text in listed(bits)] if bits else [None]
         most = None if size is None else read_bytes(size)
-        if bits is None and most is None and not limits and accuracy is None:
-            raise typer.BadParameter(
-                "say how much it may take: --bits, --size or --limit, or --accuracy", param_hint="--bits"
-            )
-        _check_alone(accuracy, bits, most, limits, solver)
+        _check_asked(accuracy, bits, most, limits, solver)
         folder = scores or (None if output is None else str(Path(output).with_suffix(".scores")))
         how: dict[str, Any] = {
             "options": None if options is None else listed(options), "method": method, "skip": skip or (),
             "ties": tie or (), "latency": _latency(latency), "scores": folder, "count": samples, "seed": seed,
             "length": length, "batch_size": batch_size, "device": chosen_device(device),
+            "workers": workers, "engine": engine, "ray_address": ray_address,
         }  # fmt: skip
         with terminal.progress(chosen.sensitivity) as progress:
             how["progress"] = progress
@@ -154,9 +157,13 @@ def allocate(
         _show(terminal, table, found, files)
 
 
-def _check_alone(accuracy: float | None, *others: Any) -> None:
-    """An accuracy goes without what else says how much."""
-    if accuracy is not None and any(others):
+def _check_asked(accuracy: float | None, bits: str | None, most: float | None, limits: Any, solver: str | None) -> None:
+    """Something says how much it may take; an accuracy goes without what else does."""
+    if bits is None and most is None and not limits and accuracy is None:
+        raise typer.BadParameter(
+            "say how much it may take: --bits, --size or --limit, or --accuracy", param_hint="--bits"
+        )
+    if accuracy is not None and any((bits, most, limits, solver)):
         raise typer.BadParameter(
             "goes without a budget and a solver: it finds the least by itself", param_hint="--accuracy"
         )

@@ -5,7 +5,21 @@ from typing import Annotated, Any
 import typer
 
 from dither.cli.compare import show_comparison
-from dither.cli.options import BatchSize, Debug, Device, Json, Length, Quiet, Samples, Seed, chosen_device, listed
+from dither.cli.options import (
+    BatchSize,
+    Debug,
+    Device,
+    EngineOption,
+    Json,
+    Length,
+    Quiet,
+    RayAddress,
+    Samples,
+    Seed,
+    Workers,
+    chosen_device,
+    listed,
+)
 from dither.cli.terminal import Terminal
 from dither.cli.tune import show_search
 
@@ -54,6 +68,9 @@ def inspect(
     samples: Samples = None,
     length: Length = None,
     batch_size: BatchSize = 32,
+    workers: Workers = 1,
+    engine: EngineOption = "auto",
+    ray_address: RayAddress = None,
     json: Json = False,
     device: Device = None,
     seed: Seed = 0,
@@ -80,6 +97,7 @@ def inspect(
         if sensitivity is not None:
             how: dict[str, Any] = {"options": None if options is None else listed(options), "scores": scores}
             how |= {"count": samples, "length": length, "batch_size": batch_size, "seed": seed}
+            how |= {"workers": workers, "engine": engine, "ray_address": ray_address}
             _measure(terminal, folder, sensitivity, calibration, output, device=chosen_device(device), **how)
             return
         from dither.inspection import inspect as look

@@ -48,12 +48,14 @@ Length = Annotated[
     typer.Option(min=2, metavar="N", help="Tokens of a calibration sequence (default: 512).", show_default=False),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Samples at a time; fewer take less memory.")]
-Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Processes that solve layers at the same time.")]
+Workers = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Processes that solve or probe layers at the same time.")
+]
 EngineOption = Annotated[
     str,
     typer.Option(
         "--engine", metavar="NAME",
-        help="Where layers are solved: local, torchrun (by itself under torchrun) or ray.",
+        help="Where layers are solved or probed: local, torchrun (by itself under torchrun) or ray.",
     ),
 ]  # fmt: skip
 RayAddress = Annotated[

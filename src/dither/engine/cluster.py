@@ -1,7 +1,8 @@
 """The engine of Ray: tasks on a cluster that runs already, or on workers of this machine.
 
 A task whose worker dies is repeated elsewhere, so nothing is lost. A tensor that tasks share is put into the object
-store once. Workers compute on one thread each: on the CPU results are those of a process of one thread, bit for bit.
+store once, and a function, which may hold a model, is unpickled once by each worker. Workers compute on one thread
+each: on the CPU results are those of a process of one thread, bit for bit.
 """
 
 import logging
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dither.engine.apart import Form, as_bytes, put_together, take_apart
+from dither.engine.held import held
 from dither.engine.outcome import Failed, tried
 from dither.errors import DependencyError, InputError, WorkerError
 
@@ -85,7 +87,7 @@ class RayTasks:
         if gpus and not self._ray.cluster_resources().get("GPU"):
             raise InputError("tasks need a GPU, but the Ray cluster has none; use --device cpu, or add a GPU node")
         remote = self._ray.remote(_run).options(max_retries=self.retries, num_cpus=1, num_gpus=gpus)
-        shared = self._ray.put((function, software()))
+        shared = [self._ray.put((function, software()))]  # in a list Ray hands on the reference, not the value
         pending = [remote.remote(shared, rest, forms, *refs) for rest, forms, refs in parcels]
         try:
             for index in range(len(pending)):
@@ -133,7 +135,8 @@ class Shipment:
 
 def _run(shared: Any, rest: Any, forms: list[Form], *data: Any) -> tuple[Any, list[Form], list[Any]]:
     """What a worker does: one task."""
-    function, expected = shared
+    reference = shared[0]
+    function, expected = held(reference.hex(), lambda: _ray().get(reference))
     found = software()
     if found != expected:
         raise InputError(f"a Ray worker has {found}, this process {expected}; install the same everywhere")

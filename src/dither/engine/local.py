@@ -1,15 +1,20 @@
 """Engines of one machine: this process, or a pool of processes."""
 
+import copy
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from types import TracebackType
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import multiprocessing
+
+from dither.engine.held import held
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,11 +42,15 @@ class ProcessPool:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
+        self._numbers = count()
         self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_single_thread)
 
     def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        """function(task) for each task, in order; all run at once as far as there are workers."""
-        return self._pool.map(function, tasks)
+        """function(task) for each task, in order; all run at once as far as there are workers.
+
+        Each worker has a copy of the function and all it holds, such as a model, of its own.
+        """
+        return self._pool.map(partial(_call, str(next(self._numbers)), function), tasks)
 
     def __enter__(self) -> "ProcessPool":
         with _deaf_to_interrupts():  # workers inherit this, even while they import
@@ -66,6 +75,12 @@ def _deaf_to_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _call(key: str, function: Callable[[T], R], task: T) -> R:
+    """What a worker does: one task of a function, whose tensors arrive in memory that all processes share."""
+    own: Callable[[T], R] = held(key, lambda: copy.deepcopy(function))
+    return own(task)
 
 
 def _single_thread() -> None:

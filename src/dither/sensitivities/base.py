@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 from urllib.parse import quote
@@ -14,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dither.allocation.table import Option, Unit
+from dither.engine.local import Engine, InProcess
+from dither.engine.purpose import precisely
 from dither.formats.fit import fit_grid
 from dither.formats.qtensor import QTensor, quantize
 from dither.formats.spec import QuantSpec
@@ -26,6 +29,7 @@ from dither.storage import write_json, writing
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
 T = TypeVar("T")
+R = TypeVar("R")
 _NAME = 200  # characters of a file's name
 
 
@@ -50,9 +54,7 @@ class Kept:
         """What was kept under a name, else what is computed now; plain data."""
         if self.folder is None:
             return compute()
-        plain = quote(name, safe="")
-        short = plain if len(plain) <= _NAME else hashlib.sha256(name.encode()).hexdigest()  # files' names have limits
-        path = self.folder / f"{short}.json"
+        path = self._path(self.folder, name)
         if path.is_file():
             found: T = json.loads(path.read_text())
             return found
@@ -62,12 +64,21 @@ class Kept:
         write_json(made, path)
         return made
 
+    def __contains__(self, name: str) -> bool:
+        return self.folder is not None and self._path(self.folder, name).is_file()
+
+    def _path(self, folder: Path, name: str) -> Path:
+        plain = quote(name, safe="")
+        short = plain if len(plain) <= _NAME else hashlib.sha256(name.encode()).hexdigest()  # files' names have limits
+        return folder / f"{short}.json"
+
 
 @dataclass
 class Probe:
     """A full-precision network, its units and options, data to measure on, and where finished parts are kept.
 
-    `able[u, p]` says which options a unit can have. Whoever measures leaves the network as it was.
+    `able[u, p]` says which options a unit can have. Whoever measures leaves the network as it was. `engine` runs the
+    probes; a copy of the network goes to each of its workers, as a pickled probe keeps nothing and tells nobody.
     """
 
     network: Network
@@ -79,6 +90,23 @@ class Probe:
     seed: int = 0
     kept: Kept = field(default_factory=lambda: Kept(None))
     progress: Progress | None = None
+    engine: Engine = field(default_factory=InProcess)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "kept": Kept(None), "progress": None, "engine": InProcess()}
+
+    def each(self, what: str, function: Callable[[T], R], tasks: Mapping[str, T]) -> Iterator[R]:
+        """function(task) of each named task, in order: what was kept is read, the rest is run by the engine.
+
+        A result is kept when its turn has come. Functions of other engines than this process are picklable and hold
+        the probe; what they give is plain data. Whoever needs no more results stops asking for them.
+        """
+        missing = [task for name, task in tasks.items() if name not in self.kept]
+        results = iter(self.engine.map(partial(precisely, function), missing)) if missing else iter(())
+        for number, name in enumerate(tasks):
+            found = self.kept(name, partial(next, results))
+            self.say(what, number + 1, len(tasks))
+            yield found
 
     @property
     def layers(self) -> tuple[str, ...]:

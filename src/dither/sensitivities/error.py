@@ -6,7 +6,7 @@ Source: common practice, as in exllamav2's measurement of relative errors; the f
 Departs from: nothing that has a paper.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dither.allocation.table import Option
 from dither.calibrate import LayerTask, measure
+from dither.engine.purpose import precisely
 from dither.sensitivities.base import Measured, Probe, rounded
 from dither.solvers.rounding import round_weight
 from dither.walk import Block, walk
@@ -53,11 +54,17 @@ class OutputError:
         rows = {name: [0.0] * len(probe.options) for name in block.unit.layers}
         for spec in dict.fromkeys(option.activations for option in probe.options):
             tasks, _ = measure(block, dict.fromkeys(block.unit.layers, spec), "fp", {})
-            for task in tasks:
-                for place in possible[task.name]:
-                    if probe.options[place].activations == spec:
-                        rows[task.name][place] = self._error(task, probe.options[place])
+            places = {n: [p for p in possible[n] if probe.options[p].activations == spec] for n in rows}
+            work = [(task, places[task.name]) for task in tasks]
+            scored = probe.engine.map(partial(precisely, partial(self._row, probe.options)), work)
+            for (task, _), scores in zip(work, scored, strict=True):
+                for place, score in zip(places[task.name], scores, strict=True):
+                    rows[task.name][place] = score
         return rows
+
+    def _row(self, options: Sequence[Option], work: tuple[LayerTask, list[int]]) -> list[float]:
+        task, places = work
+        return [self._error(task, options[place]) for place in places]
 
     def _error(self, task: LayerTask, option: Option) -> float:
         stored = self._stored(task, option)

@@ -18,8 +18,8 @@ from torch import Tensor
 from dither.errors import InputError
 from dither.models.gradients import NOT_RESIDENT, rows_of
 from dither.sensitivities.base import Measured, Probe
-from dither.sensitivities.outputs import mean_over_batches, stored_codes, weighed_errors
-from dither.sensitivities.swap import fit_inputs
+from dither.sensitivities.outputs import Codes, Rows, mean_over_batches, stored_codes, weighed_errors
+from dither.sensitivities.swap import Quantizers, fit_inputs
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class Fisher:
         if probe.network.weights is not None:
             raise InputError(f"fisher: {NOT_RESIDENT}")
         stored, quantizers = stored_codes(probe), fit_inputs(probe)
-        parts = []
-        for index, batch in enumerate(probe.batches):
-            measured = partial(weighed_errors, probe, batch, _loss(probe, batch), _squares, stored, quantizers)
-            parts.append((rows_of(batch), probe.kept(f"batch {index}", measured)))
-            probe.say("fisher", index + 1, len(probe.batches))
-        return mean_over_batches(probe, parts)
+        tasks = {f"batch {index}": index for index in range(len(probe.batches))}
+        found = probe.each("fisher", partial(_batch, probe, stored, quantizers), tasks)
+        return mean_over_batches(probe, list(zip(map(rows_of, probe.batches), found, strict=True)))
+
+
+def _batch(probe: Probe, stored: Codes, quantizers: Quantizers, index: int) -> Rows:
+    batch = probe.batches[index]
+    return weighed_errors(probe, batch, _loss(probe, batch), _squares, stored, quantizers)
 
 
 def _loss(probe: Probe, batch: Any) -> Callable[[Any], Tensor]:

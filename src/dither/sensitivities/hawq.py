@@ -19,7 +19,6 @@ import torch
 
 from dither.allocation.table import Option
 from dither.models.curvature import hessian_product, input_traces
-from dither.models.gradients import Gradients
 from dither.sensitivities.base import Measured, Probe, stored_weight
 from dither.sensitivities.swap import fit_inputs, input_errors
 from dither.statistics.hutchinson import Trace, positive, rademacher, settled
@@ -62,12 +61,11 @@ class HawqV2:
 
     def _traces(self, probe: Probe) -> dict[str, Trace]:
         """Draw after draw until the standard errors are small."""
-        gradients, found = probe.gradients(), dict[str, Trace]()
-        for number in range(self.probes):
-            drawn = probe.kept(f"draw {number}", partial(_draw, probe, gradients, number))
+        found: dict[str, Trace] = {}
+        tasks = {f"draw {number}": number for number in range(self.probes)}
+        for drawn in probe.each("hessian", partial(_draw, probe), tasks):
             parts = {name: Trace((value,)) for name, value in drawn.items()}
             found = {name: found[name].merge(part) if name in found else part for name, part in parts.items()}
-            probe.say("hessian", number + 1, self.probes)
             if settled(found, self.relative, self.share):
                 break
         return found
@@ -87,17 +85,12 @@ class HawqV2:
 
     def _inputs(self, probe: Probe) -> dict[str, list[float]]:
         """Ω of the inputs of each layer, for the options that quantize them."""
-        gradients, traces = probe.gradients(), dict[str, Trace]()
-        sizes: dict[str, float] = {}
-        for number in range(self.probes):
-            drawn = probe.kept(
-                f"input draw {number}",
-                partial(input_traces, gradients, probe.layers, probe.seed * _STRIDE + number),
-            )
+        traces, sizes = dict[str, Trace](), dict[str, float]()
+        tasks = {f"input draw {number}": number for number in range(self.probes)}
+        for drawn in probe.each("hessian of inputs", partial(_input_draw, probe), tasks):
             sizes = {name: size for name, (_, size) in drawn.items()}
             parts = {name: Trace((value,)) for name, (value, _) in drawn.items()}
             traces = {n: traces[n].merge(part) if n in traces else part for n, part in parts.items()}
-            probe.say("hessian of inputs", number + 1, self.probes)
             if settled(traces, self.relative, self.share):
                 break
         means = dict(zip(traces, positive([trace.mean for trace in traces.values()]), strict=True))
@@ -117,10 +110,14 @@ def _distance(weight: torch.Tensor, option: Option) -> float:
     return float((stored_weight(weight, option) - weight).double().square().sum())
 
 
-def _draw(probe: Probe, gradients: Gradients, number: int) -> dict[str, float]:
+def _draw(probe: Probe, number: int) -> dict[str, float]:
     """zᵀHz of each layer for directions over all of them."""
     generator = torch.Generator().manual_seed(probe.seed * _STRIDE + number)
     layers = {name: probe.layer(name).weight for name in probe.layers}
     directions = {name: rademacher(weight.shape, generator).to(weight) for name, weight in layers.items()}
-    products = hessian_product(gradients, directions)
+    products = hessian_product(probe.gradients(), directions)
     return {name: float((directions[name] * product).double().sum()) for name, product in products.items()}
+
+
+def _input_draw(probe: Probe, number: int) -> dict[str, tuple[float, float]]:
+    return input_traces(probe.gradients(), probe.layers, probe.seed * _STRIDE + number)

@@ -40,21 +40,19 @@ class KL:
             raise InputError(f"kl: {NOT_RESIDENT}")
         quantizers = fit_inputs(probe)
         reference = _Reference(probe)
-        rows: dict[str, list[tuple[float, float]]] = {}
-        for number, unit in enumerate(probe.units):
-            rows[unit.name] = probe.kept(unit.name, partial(self._unit, probe, number, unit, quantizers, reference))
-            probe.say("kl", number + 1, len(probe.units))
+        names = {unit.name: number for number, unit in enumerate(probe.units)}
+        found = probe.each("kl", partial(self._unit, probe, quantizers, reference), names)
+        rows: dict[str, list[tuple[float, float]]] = dict(zip(names, found, strict=True))
         scores = probe.table({name: [score for score, _ in row] for name, row in rows.items()})
         errors = np.array([[error for _, error in rows[unit.name]] for unit in probe.units])
         return Measured(scores, errors)
 
     def _unit(
-        self, probe: Probe, number: int, unit: Unit, quantizers: Quantizers, reference: "_Reference"
+        self, probe: Probe, quantizers: Quantizers, reference: "_Reference", number: int
     ) -> list[tuple[float, float]]:
-        possible = probe.can(number)
         found = [(0.0, 0.0)] * len(probe.options)
-        for place in possible:
-            found[place] = self._option(probe, unit, probe.options[place], quantizers, reference)
+        for place in probe.can(number):
+            found[place] = self._option(probe, probe.units[number], probe.options[place], quantizers, reference)
         return found
 
     @torch.no_grad()

@@ -31,14 +31,13 @@ class PMPQ:
     @torch.no_grad()
     def measure(self, probe: Probe) -> Measured:
         """A forward pass over the data for each block."""
-        damage, found = Damage(probe, self.name), dict[str, list[float]]()
-        for number, unit in enumerate(probe.anatomy.units):
-            found[unit.name] = probe.kept(unit.name, partial(self._unit, probe, unit.name, damage))
-            probe.say("pmpq", number + 1, len(probe.anatomy.units))
+        names = {unit.name: unit.name for unit in probe.anatomy.units}
+        measured = probe.each("pmpq", partial(self._unit, probe, Damage(probe, self.name)), names)
+        found = dict(zip(names, measured, strict=True))
         errors = {name: error for name, (_, error) in found.items()}
         return of_blocks(probe, {name: score for name, (score, _) in found.items()}, {"standard_errors": errors})
 
-    def _unit(self, probe: Probe, name: str, damage: Damage) -> list[float]:
+    def _unit(self, probe: Probe, damage: Damage, name: str) -> list[float]:
         block = probe.network.model.get_submodule(name)
         with changed({parameter: without_smallest(parameter, self.share) for parameter in block.parameters()}):
             return list(damage())

@@ -23,8 +23,8 @@ from dither.errors import InputError
 from dither.models.gradients import NOT_RESIDENT, rows_of
 from dither.models.losses import class_rows
 from dither.sensitivities.base import Measured, Probe
-from dither.sensitivities.outputs import Rows, mean_over_batches, stored_codes, weighed_errors
-from dither.sensitivities.swap import fit_inputs
+from dither.sensitivities.outputs import Codes, Rows, mean_over_batches, stored_codes, weighed_errors
+from dither.sensitivities.swap import Quantizers, fit_inputs
 from dither.statistics.hutchinson import rademacher
 
 _STRIDE = 1_000_003  # between the seeds of draws
@@ -44,15 +44,18 @@ class Quadratic:
         if probe.network.weights is not None:
             raise InputError(f"quadratic: {NOT_RESIDENT}")
         stored, quantizers = stored_codes(probe), fit_inputs(probe)
-        parts: list[tuple[int, Rows]] = []
-        for number in range(self.draws):
-            for index, batch in enumerate(probe.batches):
-                seed = (probe.seed * _STRIDE + number) * len(probe.batches) + index
-                loss, reduce = partial(_noise, seed=seed, samples=rows_of(batch)), _by_sample(rows_of(batch))
-                measured = partial(weighed_errors, probe, batch, loss, reduce, stored, quantizers)
-                parts.append((rows_of(batch), probe.kept(f"draw {number} batch {index}", measured)))
-            probe.say("quadratic", number + 1, self.draws)
-        return mean_over_batches(probe, parts)
+        places = [(number, index) for number in range(self.draws) for index in range(len(probe.batches))]
+        tasks = {f"draw {number} batch {index}": (number, index) for number, index in places}
+        found = probe.each("quadratic", partial(_draw, probe, stored, quantizers), tasks)
+        counts = [rows_of(probe.batches[index]) for _, index in places]
+        return mean_over_batches(probe, list(zip(counts, found, strict=True)))
+
+
+def _draw(probe: Probe, stored: Codes, quantizers: Quantizers, place: tuple[int, int]) -> Rows:
+    number, index = place
+    batch, seed = probe.batches[index], (probe.seed * _STRIDE + number) * len(probe.batches) + index
+    loss, reduce = partial(_noise, seed=seed, samples=rows_of(batch)), _by_sample(rows_of(batch))
+    return weighed_errors(probe, batch, loss, reduce, stored, quantizers)
 
 
 def _noise(output: Any, seed: int, samples: int) -> Tensor:

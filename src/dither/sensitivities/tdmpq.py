@@ -51,15 +51,14 @@ class TDMPQ:
         if self.first_order:
             return self._first_order(probe)
         with torch.no_grad():
-            damage, found = Damage(probe, self.name), dict[str, list[float]]()
-            for number, unit in enumerate(probe.anatomy.units):
-                found[unit.name] = probe.kept(unit.name, partial(self._unit, probe, number, unit.layers, damage))
-                probe.say("tdmpq", number + 1, len(probe.anatomy.units))
+            names = {unit.name: number for number, unit in enumerate(probe.anatomy.units)}
+            measured = probe.each("tdmpq", partial(self._unit, probe, Damage(probe, self.name)), names)
+            found = dict(zip(names, measured, strict=True))
         scores = {name: sum(values) / len(values) for name, values in found.items()}
         return of_blocks(probe, scores, {"draws": found})
 
-    def _unit(self, probe: Probe, number: int, layers: tuple[str, ...], damage: Damage) -> list[float]:
-        found = []
+    def _unit(self, probe: Probe, damage: Damage, number: int) -> list[float]:
+        layers, found = probe.anatomy.units[number].layers, []
         for draw in range(self.draws):
             generator = torch.Generator().manual_seed((probe.seed * _STRIDE + number) * _STRIDE + draw)
             weights = {name: probe.layer(name).get_parameter("weight") for name in layers}
