@@ -58,7 +58,10 @@ class Search:
                 "an accuracy needs full precision among the options, and something smaller: none,int8,int4"
             )
         finite = np.where(np.isfinite(found.scores), found.scores, 0.0)
-        order = [int(u) for u in np.argsort(finite[:, steps[-1]], kind="stable")]
+        harm = finite[:, steps[-1]]
+        if steps[-1] in found.pairs:  # half of what a unit shares with each other one, with M_ij = M_ji
+            harm = harm + found.pairs[steps[-1]].sum(axis=1) / 2
+        order = [int(u) for u in np.argsort(harm, kind="stable")]
         evaluate = _Agreement(probe)
         walk = bisect if self.how == "bisection" else greedy
         cost = partial(_code_bits, probe, bits)

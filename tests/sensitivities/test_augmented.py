@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from dither.allocating import allocate
+from dither.allocation.pairwise import pair_costs, pair_score
+from dither.allocation.solve import problem_of
 from dither.models.losses import class_rows
 from dither.sensitivities.augmented import Augmented
 from dither.sensitivities.base import stored_weight
@@ -71,3 +73,44 @@ def test_an_allocation_by_pairs_keeps_its_budget(odd: Callable[..., Any]) -> Non
     options = ["int3:channel:asym:minmax", "int4:channel:asym:minmax", "int8:channel:asym:minmax"]
     allocation = allocate(network.model, [network.batch(6)], bits=7.0, by="augmented+pairs=measured", options=options)
     assert allocation.bits <= 7.0 and allocation.solver == "pairwise" and allocation.bound is None
+
+
+def test_by_default_a_budget_is_spent_with_couplings_in_sight(odd: Callable[..., Any]) -> None:
+    network = odd(depth=1)
+    options = ["int3:channel:asym:minmax", "int8:channel:asym:minmax"]
+    table = measure(network.model, "augmented", [network.batch(6)], options=options)
+    assert table.facts["settings"] == {"pairs": "hvp"} and set(table.pairs) == {0, 1}
+    chosen = allocate(table, bits=7.0, by="augmented")
+    alone = allocate(table, bits=7.0, solver="milp")
+    costs = pair_costs(table.pairs, table.scores.shape)
+    problem = problem_of(table, {"size": table.size_for_bits(7.0)})
+
+    def harm(allocation: Any) -> float:
+        choice = tuple(table.options.index(allocation.units[unit.name]) for unit in table.units)
+        return pair_score(problem, costs, choice)
+
+    assert harm(chosen) <= harm(alone)
+
+
+@pytest.mark.parametrize("pairs", ["rowsum", "hvp"])
+def test_a_search_for_an_accuracy_has_the_order_of_own_costs_and_half_the_couplings(
+    pairs: str, odd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dither import accuracy
+
+    seen: list[list[int]] = []
+
+    def watched(order: Any, *rest: Any) -> None:
+        seen.append(list(order))
+
+    monkeypatch.setattr(accuracy, "bisect", watched)
+    network, options = odd(depth=1), ["none", "int6:channel:asym:minmax"]
+    measure(network.model, accuracy.Search(f"augmented+pairs={pairs}", 0.9), [network.batch(6)], options=options)
+    table = measure(network.model, "augmented", [network.batch(6)], options=options)
+    sums = table.scores[:, 1] + table.pairs[1].sum(axis=1) / 2
+    if pairs == "hvp":
+        assert seen == [np.argsort(sums, kind="stable").tolist()]
+    else:  # sums that are not positive count as equal there
+        assert [unit for unit in seen[0] if sums[unit] > 0.02 * np.median(sums)] == [
+            int(unit) for unit in np.argsort(sums, kind="stable") if sums[unit] > 0.02 * np.median(sums)
+        ]

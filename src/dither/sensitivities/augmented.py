@@ -1,9 +1,11 @@
 """Augmented Hessians: what layers cost together, from products of the Hessian with their errors.
 
 With Δ_i the error of unit i under an option, M_ij = Δ_iᵀ H_ij Δ_j, and the loss of quantizing all is ½ Σ_ij M_ij.
-`rowsum`: score ½ Σ_j M_ij, one product for an option: a unit's own cost and half of all that it shares with others.
-`hvp`: score ½ M_ii and pairs M_ij, one product for a unit and option. `measured`: divergences of single units and of
-every pair, D(i, j) - D(i) - D(j), without derivatives; as many passes as there are pairs.
+`hvp`: score ½ M_ii and pairs M_ij; a product, two backward passes over the data, for each unit and option.
+`rowsum`: score ½ Σ_j M_ij, a unit's own cost and half of all that it shares with others, as if all units had the
+option; a product for each option, as many times less as there are units, but a budget's solver sees no couplings.
+`measured`: divergences of single units and of every pair, D(i, j) - D(i) - D(j), without derivatives; as many passes as
+there are pairs. An order of units, as a search for an accuracy needs, is that of ½ Σ_j M_ij in every case.
 
 Source: Schaefer et al., Augmenting Hessians with Inter-Layer Dependencies for Mixed-Precision Post-Training
 Quantization, arXiv 2306.04879. Its formula was not at hand: the terms are those of the exact second order.
@@ -11,9 +13,10 @@ Departs from it: unknown beyond that. Couplings keep their sign; a score of a un
 as a hundredth of the option's median.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -39,63 +42,97 @@ class Augmented:
     name: ClassVar[str] = "augmented"
     about: ClassVar[str] = "second-order loss with couplings between layers (augmented Hessians); float32"
 
-    pairs: Pairs = "rowsum"
+    pairs: Pairs = "hvp"
 
     def measure(self, probe: Probe) -> Measured:
         """One option after the other."""
-        find = {"rowsum": self._rowsum, "hvp": self._products, "measured": self._measured}[self.pairs]
         count = len(probe.units)
         scores, pairs = np.zeros((count, len(probe.options))), dict[int, Float[np.ndarray, "u u"]]()
-        for place, option in enumerate(probe.options):
-            if option.weights is None:
-                continue
-            able = [u for u in range(count) if place in probe.can(u)]
-            matrix = np.array(probe.kept(f"option {place}", partial(find, probe, option, able)))
-            own = matrix.diagonal() if self.pairs != "rowsum" else matrix[:, 0]
-            scores[able, place] = positive(own.tolist())
-            if self.pairs != "rowsum":
+        find = {"rowsum": self._rowsum, "hvp": self._products, "measured": self._measured}[self.pairs]
+        able = {p: [u for u in range(count) if p in probe.can(u)] for p in range(len(probe.options))}
+        places = [p for p, option in enumerate(probe.options) if option.weights is not None and able[p]]
+        for place, matrix in find(probe, {place: able[place] for place in places}):
+            coupled = self.pairs != "rowsum"
+            scores[able[place], place] = positive((matrix.diagonal() if coupled else matrix[:, 0]).tolist())
+            if coupled:
                 pairs[place] = np.zeros((count, count))
-                pairs[place][np.ix_(able, able)] = matrix - np.diag(matrix.diagonal())
-            probe.say("augmented", place + 1, len(probe.options))
+                pairs[place][np.ix_(able[place], able[place])] = matrix - np.diag(matrix.diagonal())
         table = probe.table({unit.name: scores[u].tolist() for u, unit in enumerate(probe.units)})
         return Measured(table, pairs=pairs, facts={"negative_couplings": _negative(pairs)})
 
-    def _rowsum(self, probe: Probe, option: Option, able: list[int]) -> list[list[float]]:
-        moved = _errors(probe, option, able)
-        products = hessian_product(probe.gradients(), moved)
-        return [[_dot(probe, unit, moved, products) / 2] for unit in able]
+    def _rowsum(self, probe: Probe, able: Mapping[int, list[int]]) -> Iterator[tuple[int, Float[np.ndarray, "u 1"]]]:
+        tasks = {f"option {place}": (place, units) for place, units in able.items()}
+        for place, sums in zip(able, probe.each("augmented", partial(_sums, _Moved(probe)), tasks), strict=True):
+            yield place, np.array(sums)[:, None]
 
-    def _products(self, probe: Probe, option: Option, able: list[int]) -> list[list[float]]:
+    def _products(self, probe: Probe, able: Mapping[int, list[int]]) -> Iterator[tuple[int, Float[np.ndarray, "u u"]]]:
         """Symmetric, its diagonal halved."""
-        moved, rows = _errors(probe, option, able), []
-        for unit in able:
-            inside = set(probe.units[unit].layers)
-            alone = {n: d if n in inside else torch.zeros_like(d) for n, d in moved.items()}
-            products = hessian_product(probe.gradients(), alone)
-            rows.append([_dot(probe, other, moved, products) for other in able])
-        matrix = np.array(rows)
-        matrix = (matrix + matrix.T) / 2
-        np.fill_diagonal(matrix, matrix.diagonal() / 2)
-        return [[float(x) for x in row] for row in matrix]
+        tasks = {f"option {p} unit {u}": (p, u, units) for p, units in able.items() for u in units}
+        rows = probe.each("augmented", partial(_row, _Moved(probe)), tasks)
+        for place, units in able.items():
+            matrix = np.array(list(islice(rows, len(units))))
+            matrix = (matrix + matrix.T) / 2
+            np.fill_diagonal(matrix, matrix.diagonal() / 2)
+            yield place, matrix
 
-    @torch.no_grad()
-    def _measured(self, probe: Probe, option: Option, able: list[int]) -> list[list[float]]:
-        damage = Damage(probe, self.name)
-        weights = {u: {n: stored_weight(probe.weight(n), option) for n in probe.units[u].layers} for u in able}
-        matrix = np.zeros((len(able), len(able)))
-        for row, unit in enumerate(able):
-            with replaced(probe, weights[unit], {}):
-                matrix[row, row] = damage()[0]
-        for row, unit in enumerate(able):
-            for column in range(row + 1, len(able)):
-                with replaced(probe, weights[unit] | weights[able[column]], {}):
-                    both = damage()[0]
-                matrix[row, column] = matrix[column, row] = both - matrix[row, row] - matrix[column, column]
-        return [[float(x) for x in row] for row in matrix]
+    def _measured(self, probe: Probe, able: Mapping[int, list[int]]) -> Iterator[tuple[int, Float[np.ndarray, "u u"]]]:
+        """Divergences of each unit, and of each with those behind it, less those of both."""
+        tasks = {f"option {p} from {u}": (p, units[row:]) for p, units in able.items() for row, u in enumerate(units)}
+        rows = probe.each("augmented", partial(_together, probe, Damage(probe, self.name)), tasks)
+        for place, units in able.items():
+            matrix = np.zeros((len(units), len(units)))
+            for row, found in enumerate(islice(rows, len(units))):
+                matrix[row, row:] = found
+            both = np.triu(matrix, 1) - np.triu(np.add.outer(matrix.diagonal(), matrix.diagonal()), 1)
+            yield place, both + both.T + np.diag(matrix.diagonal())
+
+
+@dataclass
+class _Moved:
+    """Q(W) - W of each layer in the shape of its weight, of the option that was asked for last."""
+
+    probe: Probe
+    place: int = -1
+    errors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, place: int, able: Sequence[int]) -> dict[str, Tensor]:
+        if place != self.place:
+            self.place, self.errors = place, _errors(self.probe, self.probe.options[place], able)
+        return self.errors
+
+
+def _sums(moved: _Moved, task: tuple[int, list[int]]) -> list[float]:
+    """½ Δ_iᵀ (H Δ)_i of each unit i."""
+    place, able = task
+    errors, probe = moved(place, able), moved.probe
+    products = hessian_product(probe.gradients(), errors)
+    return [_dot(probe, unit, errors, products) / 2 for unit in able]
+
+
+def _row(moved: _Moved, task: tuple[int, int, list[int]]) -> list[float]:
+    """Δ_iᵀ H_ij Δ_j of one unit j with every unit i."""
+    place, unit, able = task
+    errors, probe, inside = moved(place, able), moved.probe, set(moved.probe.units[unit].layers)
+    alone = {name: error if name in inside else torch.zeros_like(error) for name, error in errors.items()}
+    products = hessian_product(probe.gradients(), alone)
+    return [_dot(probe, other, errors, products) for other in able]
 
 
 @torch.no_grad()
-def _errors(probe: Probe, option: Option, able: list[int]) -> dict[str, Tensor]:
+def _together(probe: Probe, damage: Damage, task: tuple[int, list[int]]) -> list[float]:
+    """Divergence with the first of these units as an option, and with each other beside it."""
+    place, units = task
+    found = []
+    for other in units:
+        names = dict.fromkeys([*probe.units[units[0]].layers, *probe.units[other].layers])
+        weights = {name: stored_weight(probe.weight(name), probe.options[place]) for name in names}
+        with replaced(probe, weights, {}):
+            found.append(damage()[0])
+    return found
+
+
+@torch.no_grad()
+def _errors(probe: Probe, option: Option, able: Sequence[int]) -> dict[str, Tensor]:
     """Q(W) - W of each layer, in the shape of its weight."""
     found = {}
     for name in (name for unit in able for name in probe.units[unit].layers):
