@@ -11,7 +11,7 @@ import torch
 from dither.accuracy import Search, allocate_to_accuracy
 from dither.errors import InputError
 from dither.provenance import model_sha256
-from dither.sensitivities.base import stored_weight
+from dither.sensitivities.base import rounded
 from dither.sensitivity import measure
 
 OPTIONS = ["none", "int4:channel:asym:minmax", "int2:channel:asym:minmax"]
@@ -22,7 +22,8 @@ def agreement(network: Any, data: Any, table: Any, allocation: Any) -> float:
         wanted = network.model(data).argmax(dim=-1)
         for name, option in allocation.layers.items():
             weight = network.model.get_submodule(name).weight
-            weight.copy_(stored_weight(weight, option))
+            if option.weights is not None:
+                weight.copy_(rounded(weight, option.weights).dequantize())
         return float((network.model(data).argmax(dim=-1) == wanted).float().mean())
 
 

@@ -2,7 +2,8 @@
 
 Source: arXiv 2306.04879 (see `allocation/bisection.py`): a sensitivity orders the units, real evaluations decide.
 Departs from it: accuracy is agreement with the full-precision model's own predictions on the calibration data, which
-needs no labels; weights are rounded to nearest meanwhile, so that a better method keeps more than was asked for.
+needs no labels; weights are rounded to nearest meanwhile, so that a better method keeps more than was asked for,
+unless `method` is one that solves layers one by one.
 """
 
 import math
@@ -25,7 +26,7 @@ from dither.formats.qtensor import QTensor
 from dither.models.gradients import NOT_RESIDENT
 from dither.models.losses import class_rows
 from dither.sensitivities import parse_sensitivity
-from dither.sensitivities.base import Measured, Probe, rounded
+from dither.sensitivities.base import Measured, Probe
 from dither.sensitivities.swap import fit_inputs, quantizer_of, replaced
 from dither.sensitivity import measure
 
@@ -76,6 +77,7 @@ class _Agreement:
 
     def __init__(self, probe: Probe) -> None:
         self.probe, self.known, self.stored = probe, dict[Choice, float](), dict[tuple[str, int], QTensor]()
+        probe.solve()
         self.quantizers = fit_inputs(probe)
         with torch.no_grad():
             self.wanted = [class_rows(probe.network.run(batch)).argmax(dim=1) for batch in probe.batches]
@@ -103,11 +105,10 @@ class _Agreement:
         return same / total
 
     def _weight(self, name: str, place: int) -> Tensor:
-        spec = self.probe.options[place].weights
-        if spec is None:
+        if self.probe.options[place].weights is None:
             return self.probe.weight(name)
         if (name, place) not in self.stored:
-            self.stored[name, place] = rounded(self.probe.weight(name), spec)
+            self.stored[name, place] = self.probe.codes(name, place)
         return self.stored[name, place].dequantize()
 
 

@@ -3,16 +3,18 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
 
-from dither.allocation.table import Option, ScoreTable
+from dither.allocation.table import Option, ScoreTable, Unit
 from dither.engine.local import Engine
 from dither.engine.opened import opened, team_of
 from dither.engine.purpose import single_purpose
@@ -21,10 +23,11 @@ from dither.methods.base import Method
 from dither.models.layers import is_layer, matrix_shape
 from dither.pipeline import begin
 from dither.provenance import provenance
-from dither.recipe import parse_method
+from dither.recipe import parse_method, resolved
 from dither.run import Progress, Run
 from dither.sensitivities import parse_sensitivity
 from dither.sensitivities.base import Kept, Probe, Sensitivity
+from dither.sensitivities.solved import Solved
 from dither.sensitivities.units import able, find_units, fixed_parts, trace, unit_costs
 from dither.storage import write_json
 
@@ -59,10 +62,12 @@ def measure(
 
     `options` are formats such as `int4:g64`, `int4:g64/int8:token` (with the format of inputs) or `none`, completed as
     `method` completes its `weights`; by default integers of 2, 3, 4, 6 and 8 bits, in groups of 64 where all layers
-    allow it. `skip` and `ties` are patterns of layers to leave out, and comma-separated ones of layers that share a
-    choice. With a folder `scores` the table is kept there, and an interrupted measurement goes on where it stopped.
-    `stream` reads the model block by block, as `quantize` does; only `error` can be measured then. `engine` is where
-    probes run, as in `quantize`, but not on torchrun's ranks; `workers` each have a copy of the model.
+    allow it. Where `method` can solve a layer by itself (gptq, spqr, hqq, billm, lorc), the weights that are scored are
+    its own, solved behind full-precision inputs; else they are the nearest codes. `skip` and `ties` are patterns of
+    layers to leave out, and comma-separated ones of layers that share a choice. With a folder `scores` the table is
+    kept there, and an interrupted measurement goes on where it stopped. `stream` reads the model block by block, as
+    `quantize` does; only `error` can be measured then. `engine` is where probes run, as in `quantize`, but not on
+    torchrun's ranks; `workers` each have a copy of the model.
 
     Raises:
         InputError: data, options or patterns do not fit the model.
@@ -70,27 +75,27 @@ def measure(
     chosen = parse_sensitivity(sensitivity) if isinstance(sensitivity, str) else sensitivity
     rtn = parse_method("rtn", {"skip": list(skip)})  # another method's default format may fit no layer of this model
     run, _ = begin(model, rtn, calibration, count, seed, batch_size, device, length, stream, progress)
-    parsed = read_options(options or default_options(run), parse_method(method, {}))
+    used = parse_method(method, {})
+    parsed = read_options(options or default_options(run), used)
     with single_purpose(), opened(engine, workers, device, ray_address) as pool:
         if team_of(pool).size > 1:
             raise InputError("a score table is measured by one process and its workers; start it without torchrun")
         traced = trace(run.network, run.anatomy, run.data.batches[0])
         units = find_units(run.network, run.anatomy, traced, ties)
         possible = able(run.network, units, parsed)
-        for unit, row in zip(units, possible, strict=True):
-            if not row.any():
-                raise InputError(f"{unit.name} can be stored as none of the options; add one, such as int4 or none")
-        facts = _facts(run, chosen, parsed, method, seed)
+        _check_able(units, possible)
+        facts = _facts(run, chosen, parsed, used, method, seed)
         folder = None if scores is None else Path(scores) / f"{chosen.name}-{_digest(facts, units)}"
         known = None if folder is None else _read(folder / TABLE)
         costs = unit_costs(run.network, units, parsed, possible, traced, latency)
         if known is None:
             started = perf_counter()
-            probe = Probe(
-                run.network, run.anatomy, run.data.batches, units, parsed, possible, seed,
-                Kept(None if folder is None else folder / "parts"), progress, pool,
-            )  # fmt: skip
-            found = chosen.measure(probe)
+            with _kept_in(None if folder is None else folder / "parts", used) as (kept, solved):
+                probe = Probe(
+                    run.network, run.anatomy, run.data.batches, units, parsed, possible, seed, kept, progress, pool,
+                    solved,
+                )  # fmt: skip
+                found = chosen.measure(probe)
             facts |= {"time_s": perf_counter() - started, **found.facts}
             known = ScoreTable(
                 units, parsed, found.scores, costs, fixed_parts(run.network, run.anatomy, units),
@@ -129,15 +134,37 @@ def default_options(run: Run) -> list[str]:
     return [f"int{bits}:g{GROUP}" if grouped else f"int{bits}:channel" for bits in BITS]
 
 
-def _facts(run: Run, chosen: Sensitivity, options: Sequence[Option], method: str, seed: int) -> dict[str, Any]:
+def _check_able(units: Sequence[Unit], possible: Any) -> None:
+    for unit, row in zip(units, possible, strict=True):
+        if not row.any():
+            raise InputError(f"{unit.name} can be stored as none of the options; add one, such as int4 or none")
+
+
+@contextmanager
+def _kept_in(folder: Path | None, method: Method) -> Iterator[tuple[Kept, Solved | None]]:
+    """Where finished parts lie, and the weights that a method solves, which without a folder do not outlive this."""
+    if method.alone(method.weights) is None:
+        yield Kept(folder), None
+    elif folder is not None:
+        yield Kept(folder), Solved(method, folder / "weights")
+    else:
+        with TemporaryDirectory(prefix="dither-scores-") as made:
+            yield Kept(None), Solved(method, Path(made))
+
+
+def _facts(
+    run: Run, chosen: Sensitivity, options: Sequence[Option], used: Method, method: str, seed: int
+) -> dict[str, Any]:
     """What decides the scores: the table's key."""
     known = provenance(run.sha256, run.data, seed, run.network.device)
+    solver = {} if used.alone(used.weights) is None else {"solver": resolved(used)}  # whose weights are scored
     facts = {
         "model": run.network.name,
         "sensitivity": chosen.name,
         "settings": dict(vars(chosen)),
         "method": method,
         "options": [str(option) for option in options],
+        **solver,
         **known,
     }
     return dict(json.loads(json.dumps(facts)))  # plain texts and numbers, as they will be read again

@@ -12,7 +12,7 @@ from dither.allocation.pairwise import pair_costs, pair_score
 from dither.allocation.solve import problem_of
 from dither.models.losses import class_rows
 from dither.sensitivities.augmented import Augmented
-from dither.sensitivities.base import stored_weight
+from dither.sensitivities.base import rounded
 from dither.sensitivity import measure
 from dither.statistics.divergence import kl_rows
 
@@ -43,7 +43,7 @@ def test_measured_pairs_add_up_to_the_divergence_of_both(odd: Callable[..., Any]
         wanted = class_rows(network.model(data))
         for name in (first, last):
             weight = network.model.get_submodule(name).weight
-            weight.copy_(stored_weight(weight, table.options[0]))
+            weight.copy_(rounded(weight, table.options[0].weights).dequantize())
         both = float(kl_rows(wanted, class_rows(network.model(data))).double().mean())
     total = table.scores[1, 0] + table.scores[-1, 0] + table.pairs[0][1, -1]
     assert total == pytest.approx(both, rel=1e-4)
@@ -60,7 +60,7 @@ def test_pairs_repair_the_sum_of_single_layers(odd: Callable[..., Any]) -> None:
             wanted = class_rows(network.model(data))
             for name in table.layers:
                 weight = network.model.get_submodule(name).weight
-                weight.copy_(stored_weight(weight, table.options[0]))
+                weight.copy_(rounded(weight, table.options[0].weights).dequantize())
             true = float(kl_rows(wanted, class_rows(network.model(data))).double().mean())
         singles = float(table.scores[:, 0].sum())
         without.append(abs(singles / true - 1))

@@ -69,7 +69,11 @@ Options = Annotated[
     typer.Option(metavar="FORMATS", help="Formats to choose from, such as int2:g64,int4:g64,int8:g64 "
                  "(default: 2, 3, 4, 6 and 8 bits).", show_default=False),
 ]  # fmt: skip
-Name = Annotated[str, typer.Option("--method", "-m", metavar="NAME", help="Whose defaults complete the formats.")]
+Name = Annotated[
+    str,
+    typer.Option("--method", "-m", metavar="NAME", help="What will quantize: its defaults complete the formats, "
+                 "and its own weights are measured where it solves layer by layer (gptq, spqr, hqq, billm, lorc)."),
+]  # fmt: skip
 Skip = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Layers to keep as they are; may be repeated.", show_default=False),
@@ -124,7 +128,7 @@ def allocate(
 
         dither allocate vit/ --calibration pictures/ --size 20MB --by hawq-v2 --options int3,int4,int8 -o bits.yaml
 
-        dither allocate llama/ --calibration text.txt --bits 2.5,3,3.5 --by kl --samples 16 -o bits.yaml
+        dither allocate llama/ --calibration text.txt --bits 2.5,3,3.5 --by kl --method gptq --samples 16 -o bits.yaml
 
         dither allocate vit/ --calibration pictures/ --accuracy 0.99 --by augmented -o bits.yaml
     """

@@ -44,6 +44,11 @@ Formats = Annotated[
     typer.Option("--options", metavar="FORMATS", help="Formats to measure (default: 2, 3, 4, 6 and 8 bits).",
                  show_default=False, rich_help_panel=_MEASURE),
 ]  # fmt: skip
+Name = Annotated[
+    str,
+    typer.Option("--method", "-m", metavar="NAME", help="Whose weights are measured, where it solves layer by layer: "
+                 "gptq, spqr, hqq, billm, lorc.", rich_help_panel=_MEASURE),
+]  # fmt: skip
 Report = Annotated[
     str | None,
     typer.Option("--output", "-o", metavar="FILE.html", help="A report with plots.", show_default=False,
@@ -63,6 +68,7 @@ def inspect(
     sensitivity: Sensitivity = None,
     calibration: Data = None,
     options: Formats = None,
+    method: Name = "rtn",
     output: Report = None,
     scores: Scores = None,
     samples: Samples = None,
@@ -96,6 +102,7 @@ def inspect(
     with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
         if sensitivity is not None:
             how: dict[str, Any] = {"options": None if options is None else listed(options), "scores": scores}
+            how |= {"method": method}
             how |= {"count": samples, "length": length, "batch_size": batch_size, "seed": seed}
             how |= {"workers": workers, "engine": engine, "ray_address": ray_address}
             _measure(terminal, folder, sensitivity, calibration, output, device=chosen_device(device), **how)
@@ -123,7 +130,7 @@ def _measure(
     terminal: Terminal, folder: str, sensitivity: str, calibration: str | None, output: str | None, **how: Any
 ) -> None:
     """The units with the worst first, and the report where one was asked for."""
-    from dither.report.allocation import allocation_report, score_rows
+    from dither.report.allocation import allocation_report, score_rows, scored_weights
     from dither.report.table import seconds
     from dither.sensitivity import measure
 
@@ -135,7 +142,8 @@ def _measure(
     terminal.table(
         rows, f"What formats such as {table.options[0]} cost, by {sensitivity}", tuple(rows[0])[1:], ("Weights",)
     )
-    terminal.line(f"lower is better; measured in {seconds(table.facts.get('time_s'))}")
+    whose = scored_weights(table.facts)
+    terminal.line(f"lower is better; weights: {whose}; measured in {seconds(table.facts.get('time_s'))}")
     if negative := table.facts.get("negative"):
         terminal.line(f"{len(negative)} layers have a negative trace, which counts as small: {', '.join(negative[:3])}")
     if output is not None:

@@ -1,12 +1,12 @@
 """What every method is: a frozen, validated configuration with one `run`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dither.calibrate import LayerTask, measure, quantize_operands, reparameterize
+from dither.calibrate import LayerSolution, LayerTask, measure, quantize_operands, reparameterize
 from dither.engine.local import Engine
 from dither.formats.spec import WEIGHT_PERCENTILES, Kind, QuantSpec, read_spec, spec_field
 from dither.models.distil import Distillation
@@ -95,6 +95,13 @@ class Method(BaseModel):
         A resumed run prepares again, so the result must follow from network and calibration data alone.
         """
         return Prepared()
+
+    def alone(self, spec: QuantSpec) -> Callable[[LayerTask], LayerSolution] | None:
+        """What solves a layer in a format from its task alone, bias left as it is; None where a method needs more.
+
+        Score tables are measured with these weights; for other methods with the nearest codes.
+        """
+        return None
 
     def measure(
         self, block: Block, reparameterized: bool = False, round_zero_point: bool = True

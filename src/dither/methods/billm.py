@@ -12,7 +12,7 @@ taken, which the notes say; everything stored is counted, so that a weight takes
 1.09, which the notes give beside it as `paper_bits`. A layer that `overrides` gives a uniform format is swept by GPTQ.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import log
 from typing import Annotated, Any, ClassVar
 
@@ -50,6 +50,10 @@ class BiLLM(Method):
         for block in blocks:
             tasks, quantizers = self.measure(block)
             solve_and_store(block, tasks, quantizers, self.solve, engine)
+
+    def alone(self, spec: QuantSpec) -> Callable[[LayerTask], LayerSolution] | None:
+        """The solver, as it asks for nothing but the Gram."""
+        return self.model_copy(update={"weights": spec, "overrides": {}}).solve
 
     def solve(self, task: LayerTask) -> LayerSolution:
         """One layer.

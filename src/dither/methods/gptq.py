@@ -11,7 +11,7 @@ comparison does), and the Gram is then that of the quantized inputs; dead column
 fails climbs a ladder that the report shows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, ClassVar, Literal
 
 from jaxtyping import Float
@@ -53,6 +53,12 @@ class GPTQ(Method):
         for block in blocks:
             tasks, quantizers = self.measure(block, self.reparameterize, self.round_zero_point)
             solve_and_store(block, tasks, quantizers, self.solve, engine)
+
+    def alone(self, spec: QuantSpec) -> Callable[[LayerTask], LayerSolution] | None:
+        """The solver, unless norms are folded into the weights first."""
+        if self.reparameterize:
+            return None
+        return self.model_copy(update={"weights": spec, "overrides": {}}).solve
 
     def solve(self, task: LayerTask) -> LayerSolution:
         """One layer; the groups of a grouped convolution side by side, their columns as they are stored."""

@@ -7,7 +7,7 @@ each group keeps its best zero-point; scales and zero-points are stored in float
 [choice] Formats without real zero-points are rounded to nearest as they are, which notes say.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -46,6 +46,10 @@ class HQQ(Method):
         for block in blocks:
             tasks, quantizers = self.measure(block)
             solve_and_store(block, tasks, quantizers, self.solve, engine)
+
+    def alone(self, spec: QuantSpec) -> Callable[[LayerTask], LayerSolution] | None:
+        """The solver, which looks at no data."""
+        return self.model_copy(update={"weights": spec, "overrides": {}}).solve
 
     def solve(self, task: LayerTask) -> LayerSolution:
         """One layer: the grid of its extremes, better zero-points, nearest codes."""

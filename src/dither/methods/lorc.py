@@ -9,7 +9,7 @@ Departs from the paper: both factors have equal norms in each direction, which i
 values.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -18,6 +18,7 @@ from dither.calibrate import LayerSolution, LayerTask, solve_and_store
 from dither.engine.local import Engine
 from dither.formats.fit import fit_grid
 from dither.formats.low_rank import FactorType
+from dither.formats.spec import QuantSpec
 from dither.methods.base import Method, WeightSpec
 from dither.solvers.low_rank import corrected
 from dither.solvers.rounding import Rounding, round_weight
@@ -43,6 +44,10 @@ class LoRC(Method):
         for block in blocks:
             tasks, quantizers = self.measure(block)
             solve_and_store(block, tasks, quantizers, self.solve, engine)
+
+    def alone(self, spec: QuantSpec) -> Callable[[LayerTask], LayerSolution] | None:
+        """The solver, as it asks for nothing but the Gram."""
+        return self.model_copy(update={"weights": spec, "overrides": {}}).solve
 
     def solve(self, task: LayerTask) -> LayerSolution:
         """One layer: round, then decompose what was lost."""

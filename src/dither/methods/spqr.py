@@ -11,7 +11,7 @@ not dropped; the bits that the order of the columns and the rows of outliers tak
 may be quantized as by every method.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -53,6 +53,10 @@ class SpQR(Method):
         for block in blocks:
             tasks, quantizers = self.measure(block)
             solve_and_store(block, tasks, quantizers, self.solve, engine)
+
+    def alone(self, spec: QuantSpec) -> Callable[[LayerTask], LayerSolution] | None:
+        """The solver, as it asks for nothing but the Gram."""
+        return self.model_copy(update={"weights": spec, "overrides": {}}).solve
 
     def solve(self, task: LayerTask) -> LayerSolution:
         """One layer; without a Gram (grouped convolution) the nearest codes, which the notes say."""

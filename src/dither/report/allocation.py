@@ -33,7 +33,7 @@ def allocation_report(scores: ScoreTable, allocations: Sequence[Allocation] = ()
         "schema": SCHEMA,
         "kind": "allocation",
         "model": {"name": facts.get("model"), "parameters": scores.parameters},
-        "settings": {key: facts[key] for key in _SETTINGS if key in facts},
+        "settings": {key: facts[key] for key in _SETTINGS if key in facts} | {"weights": scored_weights(facts)},
         "provenance": {key: facts[key] for key in _PROVENANCE if key in facts},
         "options": texts,
         "units": [
@@ -52,6 +52,11 @@ def allocation_report(scores: ScoreTable, allocations: Sequence[Allocation] = ()
         "uniform": uniform_rows(scores),
         "allocations": [_summary(one) for one in allocations],
     }
+
+
+def scored_weights(facts: Mapping[str, Any]) -> str:
+    """Whose weights a table's scores are of."""
+    return f"solved by {facts['method']}" if "solver" in facts else "nearest codes"
 
 
 def frontier_rows(scores: ScoreTable) -> list[dict[str, float]]:

@@ -24,10 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dither.allocation.table import Option
 from dither.folding import replaced_weight
 from dither.models.curvature import hessian_product
-from dither.sensitivities.base import Measured, Probe, stored_weight
+from dither.sensitivities.base import Measured, Probe
 from dither.sensitivities.blocks import Damage
 from dither.sensitivities.swap import replaced
 from dither.statistics.hutchinson import positive
@@ -46,6 +45,7 @@ class Augmented:
 
     def measure(self, probe: Probe) -> Measured:
         """One option after the other."""
+        probe.solve()
         count = len(probe.units)
         scores, pairs = np.zeros((count, len(probe.options))), dict[int, Float[np.ndarray, "u u"]]()
         find = {"rowsum": self._rowsum, "hvp": self._products, "measured": self._measured}[self.pairs]
@@ -97,7 +97,7 @@ class _Moved:
 
     def __call__(self, place: int, able: Sequence[int]) -> dict[str, Tensor]:
         if place != self.place:
-            self.place, self.errors = place, _errors(self.probe, self.probe.options[place], able)
+            self.place, self.errors = place, _errors(self.probe, place, able)
         return self.errors
 
 
@@ -125,19 +125,19 @@ def _together(probe: Probe, damage: Damage, task: tuple[int, list[int]]) -> list
     found = []
     for other in units:
         names = dict.fromkeys([*probe.units[units[0]].layers, *probe.units[other].layers])
-        weights = {name: stored_weight(probe.weight(name), probe.options[place]) for name in names}
+        weights = {name: probe.stored(name, place) for name in names}
         with replaced(probe, weights, {}):
             found.append(damage()[0])
     return found
 
 
 @torch.no_grad()
-def _errors(probe: Probe, option: Option, able: Sequence[int]) -> dict[str, Tensor]:
+def _errors(probe: Probe, place: int, able: Sequence[int]) -> dict[str, Tensor]:
     """Q(W) - W of each layer, in the shape of its weight."""
     found = {}
     for name in (name for unit in able for name in probe.units[unit].layers):
         layer, before = probe.layer(name), probe.layer(name).weight.detach().clone()
-        with replaced_weight(layer, stored_weight(probe.weight(name), option)):
+        with replaced_weight(layer, probe.stored(name, place)):
             found[name] = layer.weight.detach() - before
     return found
 

@@ -15,6 +15,7 @@ import torch
 from dither.allocation.columns import equal_loss_bits
 from dither.allocation.table import Option
 from dither.calibrate import LayerTask
+from dither.methods.base import Method
 from dither.sensitivities.error import OutputError
 from dither.solvers.columns import Ordered
 from dither.solvers.mixed_columns import column_losses
@@ -29,9 +30,9 @@ class EqualLoss(OutputError):  # noqa: N818  # no exception
 
     damping: float = 0.01
 
-    def _error(self, task: LayerTask, option: Option) -> float:
+    def _error(self, method: Method | None, task: LayerTask, option: Option) -> float:
         if task.gram is None or option.weights is None:
-            return super()._error(task, option)
+            return super()._error(method, task, option)
         gram = task.gram.quantized[: task.columns, : task.columns]
         weight = task.weight.to(gram)
         ordered = Ordered.of(weight, gram, task.columns, self.damping, act_order=True)

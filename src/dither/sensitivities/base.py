@@ -24,8 +24,10 @@ from dither.models.anatomy import Anatomy
 from dither.models.gradients import Gradients
 from dither.models.layers import Layer, is_layer, weight_matrix
 from dither.models.network import Network
+from dither.sensitivities.solved import Solved, solve_block
 from dither.solvers.levels import fit_levels
 from dither.storage import write_json, writing
+from dither.walk import Block, walk
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
 T = TypeVar("T")
@@ -79,6 +81,7 @@ class Probe:
 
     `able[u, p]` says which options a unit can have. Whoever measures leaves the network as it was. `engine` runs the
     probes; a copy of the network goes to each of its workers, as a pickled probe keeps nothing and tells nobody.
+    Weights become the codes that are `solved`, else the nearest ones.
     """
 
     network: Network
@@ -91,6 +94,7 @@ class Probe:
     kept: Kept = field(default_factory=lambda: Kept(None))
     progress: Progress | None = None
     engine: Engine = field(default_factory=InProcess)
+    solved: Solved | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "kept": Kept(None), "progress": None, "engine": InProcess()}
@@ -123,6 +127,35 @@ class Probe:
     def weight(self, name: str) -> Float[Tensor, "o i"]:
         """A layer's weight as a float32 matrix."""
         return weight_matrix(self.layer(name), name)
+
+    def solve(self) -> None:
+        """Let the method solve every layer as every option, before `codes` are asked for; what is solved is kept."""
+        if self.solved is None or all(name in self.solved for name in self.layers):
+            return
+        able = {name: self.can(number) for number, unit in enumerate(self.units) for name in unit.layers}
+        for number, block in enumerate(self.blocks()):
+            solve_block(self.solved, block, self.options, able, self.engine)
+            self.say(f"weights by {self.solved.method.name}", number + 1, len(self.anatomy.units))
+
+    def blocks(self) -> Iterator[Block]:
+        """A walk over the full-precision network."""
+        network = self.network
+        with network.by_hand([unit.name for unit in self.anatomy.units]):
+            yield from walk(network.model, self.anatomy, network.run, self.batches, "fp", load=network.load)
+
+    def codes(self, name: str, place: int) -> QTensor:
+        """A layer's weight as an option that changes weights."""
+        spec = self.options[place].weights
+        if spec is None:
+            raise TypeError(f"option {place} leaves weights as they are")
+        if self.solved is None:
+            return rounded(self.weight(name), spec)
+        return self.solved.read(name, place, self.network.device)
+
+    @torch.no_grad()
+    def stored(self, name: str, place: int) -> Float[Tensor, "o i"]:
+        """What a layer's weight becomes under an option."""
+        return self.weight(name) if self.options[place].weights is None else self.codes(name, place).dequantize()
 
     def gradients(self) -> Gradients:
         """Backward passes over the data."""
@@ -166,9 +199,3 @@ def rounded(weight: Float[Tensor, "o i"], spec: QuantSpec) -> QTensor:
     """A weight's nearest codes in a format, with the ranges that the format's own search finds."""
     grid = fit_levels(weight, spec, None) if spec.kind == "nuq" else fit_grid(weight, spec)
     return quantize(weight, grid)
-
-
-def stored_weight(weight: Float[Tensor, "o i"], option: Option) -> Float[Tensor, "o i"]:
-    """What a weight becomes under an option."""
-    with torch.no_grad():
-        return weight if option.weights is None else rounded(weight, option.weights).dequantize()

@@ -17,9 +17,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from dither.allocation.table import Option
 from dither.models.curvature import hessian_product, input_traces
-from dither.sensitivities.base import Measured, Probe, stored_weight
+from dither.sensitivities.base import Measured, Probe
 from dither.sensitivities.swap import fit_inputs, input_errors
 from dither.statistics.hutchinson import Trace, positive, rademacher, settled
 
@@ -73,13 +72,13 @@ class HawqV2:
     @torch.no_grad()
     def _moved(self, probe: Probe) -> dict[str, list[float]]:
         """‖Q(W) - W‖² of each layer and option."""
+        probe.solve()
         rows = {}
         for number, unit in enumerate(probe.units):
             able = probe.can(number)
             for name in unit.layers:
-                weight = probe.weight(name)
                 rows[name] = [
-                    _distance(weight, option) if place in able else 0.0 for place, option in enumerate(probe.options)
+                    _distance(probe, name, place) if place in able else 0.0 for place in range(len(probe.options))
                 ]
         return rows
 
@@ -104,10 +103,8 @@ class HawqV2:
         }
 
 
-def _distance(weight: torch.Tensor, option: Option) -> float:
-    if option.weights is None:
-        return 0.0
-    return float((stored_weight(weight, option) - weight).double().square().sum())
+def _distance(probe: Probe, name: str, place: int) -> float:
+    return float((probe.stored(name, place) - probe.weight(name)).double().square().sum())
 
 
 def _draw(probe: Probe, number: int) -> dict[str, float]:

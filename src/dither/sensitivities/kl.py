@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dither.allocation.table import Option, Unit
+from dither.allocation.table import Unit
 from dither.errors import InputError
 from dither.models.gradients import NOT_RESIDENT, rows_of
 from dither.models.losses import class_rows
-from dither.sensitivities.base import Measured, Probe, stored_weight
+from dither.sensitivities.base import Measured, Probe
 from dither.sensitivities.swap import Quantizers, fit_inputs, quantizer_of, replaced
 from dither.statistics.divergence import kl_rows, mean_and_error
 
@@ -38,6 +38,7 @@ class KL:
         """Mean KL over the samples, and its standard error."""
         if probe.network.weights is not None:
             raise InputError(f"kl: {NOT_RESIDENT}")
+        probe.solve()
         quantizers = fit_inputs(probe)
         reference = _Reference(probe)
         names = {unit.name: number for number, unit in enumerate(probe.units)}
@@ -52,16 +53,17 @@ class KL:
     ) -> list[tuple[float, float]]:
         found = [(0.0, 0.0)] * len(probe.options)
         for place in probe.can(number):
-            found[place] = self._option(probe, probe.units[number], probe.options[place], quantizers, reference)
+            found[place] = self._option(probe, probe.units[number], place, quantizers, reference)
         return found
 
     @torch.no_grad()
     def _option(
-        self, probe: Probe, unit: Unit, option: Option, quantizers: Quantizers, reference: "_Reference"
+        self, probe: Probe, unit: Unit, place: int, quantizers: Quantizers, reference: "_Reference"
     ) -> tuple[float, float]:
+        option = probe.options[place]
         if option.weights is None and option.activations is None:
             return 0.0, 0.0
-        weights = {name: stored_weight(probe.weight(name), option) for name in unit.layers}
+        weights = {name: probe.stored(name, place) for name in unit.layers}
         inputs = {name: quantizer_of(quantizers, name, option.activations) for name in unit.layers}
         parts = []
         for index, batch in enumerate(probe.batches):

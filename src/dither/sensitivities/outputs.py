@@ -11,7 +11,7 @@ from dither.errors import NonFiniteError
 from dither.folding import replaced_weight
 from dither.formats.qtensor import QTensor
 from dither.models.layers import given_input
-from dither.sensitivities.base import Measured, Probe, rounded
+from dither.sensitivities.base import Measured, Probe
 from dither.sensitivities.swap import Quantizers, quantizer_of
 
 Rows = dict[str, list[float]]  # layer → a number for each option
@@ -21,12 +21,13 @@ Reduce = Callable[[Tensor, Tensor], Tensor]  # (gradient, error), both of an out
 
 def stored_codes(probe: Probe) -> Codes:
     """Every layer's codes as every option, a byte a weight; dequantized whenever they are needed."""
+    probe.solve()
     found = {}
     for number, unit in enumerate(probe.units):
         for name in unit.layers:
             for place in probe.can(number):
-                if (spec := probe.options[place].weights) is not None:
-                    found[name, place] = rounded(probe.weight(name), spec)
+                if probe.options[place].weights is not None:
+                    found[name, place] = probe.codes(name, place)
         probe.say("rounding", number + 1, len(probe.units))
     return found
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dither.errors import InputError
 from dither.models.gradients import NOT_RESIDENT
-from dither.sensitivities.base import Measured, Probe, stored_weight
+from dither.sensitivities.base import Measured, Probe
 from dither.sensitivities.blocks import Damage, changed, of_blocks
 
 _STRIDE = 1_000_003  # between the seeds of draws
@@ -69,6 +69,7 @@ class TDMPQ:
     def _first_order(self, probe: Probe) -> Measured:
         if probe.network.weights is not None:
             raise InputError(f"tdmpq: {NOT_RESIDENT}")
+        probe.solve()
         gradients = probe.gradients()
         sums = gradients.accumulate(dict.fromkeys(probe.layers, Total))
         rows = {}
@@ -77,8 +78,7 @@ class TDMPQ:
             for name in unit.layers:
                 weight, slope = probe.weight(name), sums[name].values / gradients.count
                 moved = [
-                    stored_weight(weight, option) - weight if p in able else None
-                    for p, option in enumerate(probe.options)
+                    probe.stored(name, place) - weight if place in able else None for place in range(len(probe.options))
                 ]
                 rows[name] = [0.0 if one is None else float((slope * one).double().sum().abs()) for one in moved]
         return Measured(probe.table(probe.by_unit(rows)))
