@@ -5,7 +5,8 @@
 The budget at B bits is the size of B-bit codes everywhere, scales included; between two whole numbers it lies between
 the sizes of both. `uniform` mixes these two formats evenly over the depth. Runs are added to
 docs/results/allocation.json as they end, and those that are there are skipped, so that several models and interrupted
-calls make one table; score tables are kept in --scores. .md and .svg show all of it.
+calls make one table; score tables are kept in --scores. .md and .svg show all of it. `kl+method=gptq` is `kl` with
+scores of the weights that GPTQ gives. --merge joins results of several machines: --merge A.json B.json --out RESULT.
 """
 
 import argparse
@@ -18,31 +19,24 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
+from allocation_bench import BASELINES, WIDTHS, Bench, scored_by
+from allocation_exhaustive import exhaustive
 from allocation_report import plot, report
 
-from dither.allocating import ALLOCATORS, allocator_named
+from dither.allocating import ALLOCATORS, CPTQUANT, allocator_named
 from dither.allocation.allocation import Allocation
 from dither.allocation.problem import Problem, Solution
 from dither.allocation.solve import problem_of, solver_named
 from dither.allocation.table import SIZE, ScoreTable
-from dither.data import TextSet, open_data
 from dither.errors import DitherError
-from dither.evaluation.exam import open_exam
-from dither.models.losses import class_rows
-from dither.models.network import open_network
 from dither.nn.linear import cache_weights
-from dither.pipeline import begin, quantize
+from dither.pipeline import quantize
 from dither.recipe import parse_method
-from dither.sensitivities.base import Probe, stored_weight
-from dither.sensitivities.swap import replaced
-from dither.sensitivity import measure
-from dither.statistics.divergence import kl_rows
 
-BASELINES = ("uniform", "random")
-WIDTHS = (2, 3, 4, 5, 6, 8)
-TEXT, PICTURES = "int{bits}:g64:asym:minmax", "int{bits}:channel:asym:percentile"
+KEY = ("model", "bits", "method", "allocator", "seed")  # of a run
+BLIND = ("baq", *CPTQUANT, *(f"{name}-clusters" for name in CPTQUANT))  # to what weights become
+SOLVED = tuple(f"{name}+method=gptq" for name in ALLOCATORS if name not in BLIND)
 
 
 def arguments() -> argparse.Namespace:
@@ -54,8 +48,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", type=float, default=[3.0, 4.0])
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
     parser.add_argument(
-        "--allocators", nargs="+", default=list(ALLOCATORS), help="settings may follow: kl+symmetric=true"
-    )
+        "--allocators", nargs="+", default=[*ALLOCATORS, *SOLVED],
+        help="settings may follow: kl+symmetric=true; with +method=gptq scores are of GPTQ's weights, for GPTQ only",
+    )  # fmt: skip
     parser.add_argument("--format", help="with {bits} in it (default: groups of 64 for text, channels for pictures)")
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws")
     parser.add_argument("--draws", type=int, default=10, help="random allocations")
@@ -75,47 +70,6 @@ def arguments() -> argparse.Namespace:
         given.seeds, given.draws, given.samples, given.units = 1, 2, min(given.samples, 16), min(given.units, 5)
         given.count = given.count or 100
     return given
-
-
-class Bench:
-    """The full-precision model's answers, and score tables by allocator and calibration draw."""
-
-    def __init__(self, given: argparse.Namespace) -> None:
-        self.given = given
-        network = open_network(given.model, given.device)
-        self.name = network.name
-        self.text = isinstance(open_data(given.evaluation), TextSet)
-        self.exam = open_exam(network, given.evaluation, given.count).answered_by(network)
-        self.format = given.format or (TEXT if self.text else PICTURES)
-        self.options = [self.format.format(bits=bits) for bits in WIDTHS]
-        self.tables: dict[tuple[str, int], ScoreTable] = {}
-
-    def table(self, allocator: str, seed: int) -> ScoreTable:
-        """Measured, or read where it was kept."""
-        sensitivity = allocator_named("error" if allocator in BASELINES else allocator).sensitivity
-        key = sensitivity, seed
-        if key not in self.tables:
-            self.tables[key] = measure(
-                self.given.model, sensitivity, self.given.calibration, options=self.options,
-                scores=self.given.scores, count=self.given.samples, seed=seed,
-                length=self.given.length if self.text else None, batch_size=self.given.batch_size,
-                device=self.given.device,
-            )  # fmt: skip
-        return self.tables[key]
-
-    def facts(self) -> dict[str, Any]:
-        given, cuda = self.given, self.given.device.startswith("cuda")
-        return {
-            "format": self.format,
-            "samples": given.samples,
-            "length": given.length if self.text else None,
-            "calibration": Path(given.calibration).name,
-            "evaluation": Path(given.evaluation).name,
-            "count": self.exam.count,
-            "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
-            "torch": torch.__version__,
-            **self.exam.facts(),
-        }
 
 
 def budget(scores: ScoreTable, bits: float) -> tuple[float, int, int]:
@@ -161,6 +115,8 @@ def jobs(given: argparse.Namespace, bench: Bench) -> Iterator[dict[str, Any]]:
     """What to run, the cheap first seed of everything before the second of anything."""
     for seed in range(max(given.seeds, given.draws)):
         for bits, method, allocator in itertools.product(given.bits, given.methods, (*BASELINES, *given.allocators)):
+            if allocator not in BASELINES and scored_by(allocator)[1] not in ("rtn", method):
+                continue
             if seed < (given.draws if allocator == "random" else given.seeds):
                 yield {"model": bench.name, "bits": bits, "method": method, "allocator": allocator, "seed": seed}
 
@@ -176,7 +132,9 @@ def choose(bench: Bench, job: dict[str, Any]) -> Allocation:
     elif job["allocator"] == "random":
         choice = random_choice(problem, random.Random(job["seed"]))
     else:
-        return Allocation.of(scores, problem, solver_named(allocator_named(job["allocator"]).solver)(problem))
+        return Allocation.of(
+            scores, problem, solver_named(allocator_named(scored_by(job["allocator"])[0]).solver)(problem)
+        )
     made = Solution(tuple(choice), problem.score(choice), -math.inf, job["allocator"], "baseline")
     return Allocation.of(scores, problem, made)
 
@@ -206,64 +164,6 @@ def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def exhaustive(bench: Bench) -> dict[str, Any]:
-    """KL of every choice of 2 or 4 bits for a few units, the rest in full precision, and of allocators' choices."""
-    given = bench.given
-    evaluation = begin(
-        given.model, parse_method("rtn", {}), given.evaluation, 8 if bench.text else given.count, 0, given.batch_size,
-        given.device, given.length if bench.text else None, None,
-    )[0]  # fmt: skip
-    scores = bench.table("error", 0)
-    places = sorted({round(x) for x in np.linspace(0, len(scores.units) - 1, given.units)})
-    pair = [WIDTHS.index(2), WIDTHS.index(4)]
-    units = tuple(scores.units[place] for place in places)
-    options = tuple(scores.options[place] for place in pair)
-    probe = Probe(
-        evaluation.network, evaluation.anatomy, evaluation.data.batches, units, options, np.ones((len(units), 2), bool)
-    )
-    stored = [
-        [{name: stored_weight(probe.weight(name), option) for name in unit.layers} for option in options]
-        for unit in units
-    ]
-    references = [class_rows(probe.network.run(batch)) for batch in probe.batches]
-
-    def divergence(choice: Sequence[int]) -> float:
-        weights = {name: w for row, option in enumerate(choice) for name, w in stored[row][option].items()}
-        with replaced(probe, weights, {}):
-            pairs = zip(references, probe.batches, strict=True)
-            return float(torch.cat([kl_rows(ref, class_rows(probe.network.run(batch))) for ref, batch in pairs]).mean())
-
-    true = {choice: divergence(choice) for choice in itertools.product((0, 1), repeat=len(units))}
-    found = {"model": bench.name, "units": [unit.name for unit in units], "choices": len(true), "allocators": {}}
-    for allocator in given.allocators:
-        try:
-            scores = bench.table(allocator, 0)
-            costs, pairs = scores.costs[SIZE][places][:, pair], np.ix_(places, places)
-            problem = Problem(
-                scores.scores[places][:, pair], {SIZE: costs}, {SIZE: costs.mean() * len(places)},
-                None if scores.priority is None else scores.priority[places],
-                {to: scores.pairs[p][pairs] for to, p in enumerate(pair) if p in scores.pairs},
-            )  # fmt: skip
-            choice = solver_named(allocator_named(allocator).solver)(problem).choice
-        except DitherError as error:
-            print(f"{allocator}: {error}", flush=True)
-            continue
-        fitting = sorted(value for one, value in true.items() if problem.fits(one))
-        filled = [value for one, value in true.items() if problem.fits(one) and full(problem, one)]
-        found["allocators"][allocator] = {"kl": true[choice], "rank": fitting.index(true[choice]) + 1}
-        found |= {"best": fitting[0], "fitting": len(fitting), "random": float(np.mean(filled))}
-    return found
-
-
-def full(problem: Problem, choice: Sequence[int]) -> bool:
-    """Whether no unit could have more bits."""
-    more = [
-        tuple(1 if unit == raised else o for unit, o in enumerate(choice)) for raised, o in enumerate(choice) if not o
-    ]
-    return not any(problem.fits(one) for one in more)
-
-
 def collect(given: argparse.Namespace) -> dict[str, Any]:
     """Runs of earlier calls and of this one, written after each."""
     path = given.out.with_suffix(".json")
@@ -274,10 +174,9 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(given)
     facts = bench.facts()
     known = found["facts"].setdefault(bench.name, facts)
-    differ = sorted(key for key in facts if facts[key] != known.get(key) and key not in ("perplexity", "top1"))
-    if differ:
+    if differ := differing(facts, known):
         raise SystemExit(f"earlier runs of {bench.name} differ in {differ}; give another --out")
-    done = {tuple(one[key] for key in ("model", "bits", "method", "allocator", "seed")) for one in found["runs"]}
+    done = {tuple(one[key] for key in KEY) for one in found["runs"]}
 
     def keep() -> None:
         path.write_text(json.dumps(found, indent=1) + "\n")  # a killed call keeps these
@@ -293,22 +192,32 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
         print(json.dumps({key: value for key, value in one.items() if key != "formats"}), flush=True)
         found["runs"].append(one)
         keep()
-    if given.units and bench.name not in found["exhaustive"]:
-        found["exhaustive"][bench.name] = exhaustive(bench)
-        keep()
+    for method in given.methods if given.units else ():
+        if (key := f"{bench.name}, {method}") not in found["exhaustive"]:
+            found["exhaustive"][key] = exhaustive(bench, method)
+            keep()
     return found
 
 
 def merge(paths: Sequence[Path]) -> dict[str, Any]:
-    """Models of several results, which were measured apart."""
+    """Several results as one; of a run that is in several of them, the last. Facts of a model must agree."""
     found: dict[str, Any] = {"facts": {}, "runs": [], "exhaustive": {}}
-    for one in (json.loads(path.read_text()) for path in paths):
-        if twice := found["facts"].keys() & one["facts"].keys():
-            raise SystemExit(f"{sorted(twice)} are in several of these results")
-        found["facts"] |= one["facts"]
-        found["runs"] += one["runs"]
+    runs: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in paths:
+        one = json.loads(path.read_text())
+        for model, facts in one["facts"].items():
+            if differ := differing(facts, found["facts"].setdefault(model, facts)):
+                raise SystemExit(f"{path}: runs of {model} differ in {differ} from those before")
+        runs |= {tuple(run[key] for key in KEY): run for run in one["runs"]}
         found["exhaustive"] |= one["exhaustive"]
+    found["runs"] = list(runs.values())
     return found
+
+
+def differing(facts: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    """What two results of a model were not measured alike in."""
+    keys = facts.keys() | known.keys()
+    return sorted(key for key in keys if facts.get(key) != known.get(key) and key not in ("perplexity", "top1"))
 
 
 def main() -> None:

@@ -30,7 +30,8 @@ def report(found: dict[str, Any]) -> str:
         "`uniform` has that one format everywhere, between two whole numbers of bits an even mix of both; `random` are "
         "allocations of the same size drawn at random. Means ± standard deviation over calibration draws (random: over "
         "allocations). KL is to the full-precision model, in nats; † marks allocators that are not better than uniform "
-        "by it. Written by `benchmarks/allocation.py`.",
+        "by it. Scores are of the nearest codes, those of `+method=gptq` of the weights that GPTQ gives. "
+        "Written by `benchmarks/allocation.py`.",
     ]
     for model, facts in found["facts"].items():
         lines += ["", f"## {model}", "", _about(facts)]
@@ -81,10 +82,10 @@ def _costs(found: dict[str, Any]) -> list[str]:
 
 def _exhaustive(found: dict[str, Any]) -> list[str]:
     lines = []
-    for model, one in found["exhaustive"].items():
+    for title, one in found["exhaustive"].items():
         lines += [
             "",
-            f"## Against all choices: {model}",
+            f"## Against all choices: {title}",
             "",
             f"{len(one['units'])} units of 2 or 4 bits, the rest in full precision; {one['fitting']} of "
             f"{one['choices']} choices fit the size of half of each. The best has a KL of {one['best']:.3g} on "
