@@ -35,14 +35,33 @@ def test_several_budgets_are_solved_from_one_measurement(
     run: Run, tiny_model: Path, calibration: Path, tmp_path: Path
 ) -> None:
     common = ("allocate", tiny_model, "--calibration", calibration, "--by", "error", *FORMATS, "-o", "bits.yaml")
-    done = run(*common, "--bits", "4.5,5.5", "--json")
+    done = run(*common, "--bits", "4.5,5.5,4.5", "--json")
     assert done.code == 0, done.err
     assert done.data["files"] == ["bits-4.5.yaml", "bits-5.5.yaml"]
     assert [one["bits"] <= most for one, most in zip(done.data["allocations"], (4.5, 5.5), strict=True)] == [True] * 2
     (table,) = (tmp_path / "bits.scores").rglob("table.json")
     before = table.stat().st_mtime_ns
-    assert run(*common, "--size", "20kB", "--json").code == 0
+    assert "'bits.html' is there already" in error_line(run(*common, "--size", "20kB"))
+    assert run(*common, "--size", "20kB", "--force", "--json").code == 0
     assert table.stat().st_mtime_ns == before
+
+
+def test_files_that_are_there_are_replaced_only_by_force(
+    run: Run, tiny_model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    common = (tiny_model, "--calibration", calibration, *FORMATS)
+    allocate = ("allocate", *common, "--bits", 4.5, "--by", "error")
+    inspect = ("inspect", *common, "--sensitivity", "error")
+    (tmp_path / "mine.yaml").write_text("mine")
+    (tmp_path / "mine.html").write_text("mine")
+    assert "'mine.yaml' is there already" in error_line(run(*allocate, "-o", "mine.yaml"))
+    assert "'mine.html' is there already" in error_line(run(*inspect, "-o", "mine.html"))
+    assert "is a folder" in error_line(run(*allocate, "-o", tmp_path, "--force"))
+    assert "the allocation is YAML" in error_line(run(*allocate, "-o", "mine.html", "--force"))
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "mine.html"}  # nothing was measured either
+    assert (tmp_path / "mine.html").read_text() == "mine"
+    assert run(*inspect, "-o", "mine.html", "--force").code == 0
+    assert "<svg" in (tmp_path / "mine.html").read_text()
 
 
 def test_a_budget_that_is_missing_or_cannot_be_met_is_said_in_a_line(

@@ -1,5 +1,6 @@
 """Runs that do not reach their end: killed, interrupted, and gone on with."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Run, error_line, noise_pictures
+
+from dither.sensitivities import base
 
 # The tensors of the second unit are written, the record that says they are whole is not: then the process is killed.
 DIES = """
@@ -50,6 +53,79 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(
     resumed, whole = (tmp_path / name / "model.safetensors" for name in ("out", "whole"))
     assert resumed.read_bytes() == whole.read_bytes()
     assert not (tmp_path / "out" / "unfinished").exists()
+
+
+# Four parts of a measurement are kept, then the process is killed.
+PROBES_DIE = """
+import os, signal, sys
+from dither.sensitivities import base
+from dither.cli import main
+write, written = base.write_json, []
+def last_words(*arguments):
+    write(*arguments)
+    written.append(arguments)
+    if len(written) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+base.write_json = last_words
+sys.argv[0] = "dither"
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "by", "method"),
+    [("inspect", "kl", "gptq"), ("allocate", "hawq-v2+probes=6", "rtn"), ("allocate", "quadratic", "gptq")],
+)
+def test_a_killed_measurement_goes_on_and_gives_the_same_table(
+    command: str, by: str, method: str, run: Run, tiny_model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    arguments = [command, tiny_model, "--calibration", calibration, "--options", "int2:channel,int4:channel"]
+    arguments += ["--method", method, "--batch-size", "4"]
+    arguments += ["--sensitivity", by] if command == "inspect" else ["--by", by, "--bits", "3.5"]
+    name = "which.html" if command == "inspect" else "bits.yaml"
+    texts = [str(part) for part in arguments]
+    killed = subprocess.run(
+        [sys.executable, "-c", PROBES_DIE, *texts, "-o", name], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / name).exists()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("parts/*.json")}
+    assert len(kept) == 4
+    seen: list[tuple[str, int]] = []
+    write = base.write_json
+
+    def watched(data: object, path: Path) -> None:
+        seen.append((path.name, len(seen)))
+        write(data, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "write_json", watched)
+        assert run(*arguments, "-o", name).code == 0
+    assert seen and not {path.name for path in kept} & {one for one, _ in seen}
+    (tmp_path / "whole").mkdir()
+    assert run(*arguments, "-o", f"whole/{name}").code == 0
+    resumed, whole = (json.loads(path.read_text()) for path in sorted(tmp_path.rglob("table.json")))
+    assert resumed["facts"].pop("time_s") != whole["facts"].pop("time_s")
+    assert resumed == whole
+
+
+def test_an_interrupted_measurement_says_how_to_go_on(
+    run: Run, tiny_model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("inspect", tiny_model, "--sensitivity", "kl", "--calibration", calibration, "--options", "int2")
+    write = base.write_json
+
+    def interrupt(data: object, path: Path) -> None:
+        write(data, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "write_json", interrupt)
+        done = run(*arguments, "-o", "kl.html")
+    assert done.code == 130
+    assert done.err == "interrupted (finished parts are kept in 'kl.scores': repeat the command to go on)\n"
+    assert run(*arguments, "-o", "kl.html").code == 0
 
 
 def test_an_interrupted_run_says_how_to_go_on(

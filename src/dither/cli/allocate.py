@@ -12,6 +12,7 @@ from dither.cli.options import (
     Debug,
     Device,
     EngineOption,
+    Force,
     Json,
     Length,
     Model,
@@ -20,9 +21,12 @@ from dither.cli.options import (
     Samples,
     Seed,
     Workers,
+    check_new,
     chosen_device,
+    going_on,
     listed,
     read_bytes,
+    scores_beside,
 )
 from dither.cli.terminal import Terminal
 
@@ -93,6 +97,7 @@ def allocate(
     model: Model,
     calibration: Calibration,
     output: Output = None,
+    force: Force = False,
     bits: Bits = None,
     size: Size = None,
     limit: Limit = None,
@@ -138,17 +143,17 @@ def allocate(
 
         chosen = allocating.allocator_named(by)
         limits = _limits(limit or [])
-        wanted: list[float | None] = [_number("--bits", text) for text in listed(bits)] if bits else [None]
+        wanted: list[float | None] = [_number("--bits", text) for text in dict.fromkeys(listed(bits or ""))] or [None]
         most = None if size is None else read_bytes(size)
         _check_asked(accuracy, bits, most, limits, solver)
-        folder = scores or (None if output is None else str(Path(output).with_suffix(".scores")))
+        files, folder = _files(output, wanted, force=force), scores or scores_beside(output)
         how: dict[str, Any] = {
             "options": None if options is None else listed(options), "method": method, "skip": skip or (),
             "ties": tie or (), "latency": _latency(latency), "scores": folder, "count": samples, "seed": seed,
             "length": length, "batch_size": batch_size, "device": chosen_device(device),
             "workers": workers, "engine": engine, "ray_address": ray_address,
         }  # fmt: skip
-        with terminal.progress(chosen.sensitivity) as progress:
+        with going_on(folder), terminal.progress(chosen.sensitivity) as progress:
             how["progress"] = progress
             if accuracy is not None:
                 table, found = _to_accuracy(model, calibration, accuracy, chosen.sensitivity, how)
@@ -157,8 +162,7 @@ def allocate(
         if accuracy is None:
             budget: dict[str, Any] = {"size": most, "limits": limits, "by": by, "solver": solver}
             found = [allocating.allocate(table, bits=one, **budget) for one in wanted]
-        files = _write(table, found, wanted, output)
-        _show(terminal, table, found, files)
+        _show(terminal, table, found, _write(table, found, files))
 
 
 def _check_asked(accuracy: float | None, bits: str | None, most: float | None, limits: Any, solver: str | None) -> None:
@@ -217,22 +221,37 @@ def _latency(path: str | None) -> Mapping[str, Mapping[str, float]] | None:
     return data
 
 
-def _write(table: Any, found: list[Any], wanted: list[float | None], output: str | None) -> list[str]:
-    """The allocations and their report; the files' names."""
+def _files(output: str | None, wanted: list[float | None], *, force: bool) -> dict[float | str | None, Path]:
+    """Where the allocation of each budget goes, and under `report` what they look like; nothing is replaced unasked."""
+    from dither.errors import InputError
+
+    if output is None:
+        return {}
+    path = Path(output)
+    if path.suffix == ".html":
+        raise InputError(f"output {output!r}: the allocation is YAML, such as bits.yaml; its report goes beside it")
+    several = len(wanted) > 1
+    files: dict[float | str | None, Path] = {
+        bits: path.with_stem(f"{path.stem}-{bits:g}") if several else path for bits in wanted
+    }
+    files["report"] = path.with_suffix(".html")
+    check_new(list(files.values()), force=force)
+    return files
+
+
+def _write(table: Any, found: list[Any], files: dict[float | str | None, Path]) -> list[str]:
+    """The allocations and their report; the allocations' names."""
     from dither.allocations import write_allocation
     from dither.report.allocation import allocation_report
     from dither.report.html import write_html
 
-    if output is None:
+    if not files:
         return []
-    files = []
-    for allocation, bits in zip(found, wanted, strict=True):
-        path = Path(output)
-        path = path if len(found) == 1 else path.with_stem(f"{path.stem}-{bits:g}")
+    report = files.pop("report")
+    for allocation, path in zip(found, files.values(), strict=True):
         write_allocation(allocation, path)
-        files.append(str(path))
-    write_html(allocation_report(table, found), Path(output).with_suffix(".html"))
-    return files
+    write_html(allocation_report(table, found), report)
+    return [str(path) for path in files.values()]
 
 
 def _show(terminal: Terminal, table: Any, found: list[Any], files: list[str]) -> None:

@@ -1,5 +1,6 @@
 """`dither inspect`: layer by layer, what was done to a model or could be."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from dither.cli.options import (
     Debug,
     Device,
     EngineOption,
+    Force,
     Json,
     Length,
     Quiet,
@@ -17,8 +19,11 @@ from dither.cli.options import (
     Samples,
     Seed,
     Workers,
+    check_new,
     chosen_device,
+    going_on,
     listed,
+    scores_beside,
 )
 from dither.cli.terminal import Terminal
 from dither.cli.tune import show_search
@@ -56,8 +61,8 @@ Report = Annotated[
 ]  # fmt: skip
 Scores = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Where the score table is kept, to be measured once.", show_default=False,
-                 rich_help_panel=_MEASURE),
+    typer.Option(metavar="DIR", help="Where the score table is kept, to be measured once (default: beside the "
+                 "output).", show_default=False, rich_help_panel=_MEASURE),
 ]  # fmt: skip
 
 
@@ -70,6 +75,7 @@ def inspect(
     options: Formats = None,
     method: Name = "rtn",
     output: Report = None,
+    force: Force = False,
     scores: Scores = None,
     samples: Samples = None,
     length: Length = None,
@@ -101,6 +107,8 @@ def inspect(
         raise typer.BadParameter("say what to measure on with --calibration DATA", param_hint="--calibration")
     with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
         if sensitivity is not None:
+            check_new([] if output is None else [Path(output)], force=force)
+            scores = scores or scores_beside(output)
             how: dict[str, Any] = {"options": None if options is None else listed(options), "scores": scores}
             how |= {"method": method}
             how |= {"count": samples, "length": length, "batch_size": batch_size, "seed": seed}
@@ -134,7 +142,7 @@ def _measure(
     from dither.report.table import seconds
     from dither.sensitivity import measure
 
-    with terminal.progress(sensitivity) as progress:
+    with going_on(how["scores"]), terminal.progress(sensitivity) as progress:
         table = measure(folder, sensitivity, calibration, progress=progress, **how)
     data = allocation_report(table)
     terminal.show(data)

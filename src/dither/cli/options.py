@@ -1,6 +1,9 @@
 """The options that several commands share, each described once."""
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -63,6 +66,38 @@ RayAddress = Annotated[
     typer.Option(metavar="ADDRESS", help="A Ray cluster, `auto` for this machine's (default: N workers here).",
                  show_default=False),
 ]  # fmt: skip
+Force = Annotated[bool, typer.Option("--force", help="Replace files that are there already.")]
+
+
+def check_new(files: Sequence[Path], *, force: bool) -> None:
+    """Refuse to write over files, before any work is done.
+
+    Raises:
+        InputError: one is there and `force` was not asked for, or is a folder.
+    """
+    from dither.errors import InputError
+
+    for path in files:
+        if path.is_dir():
+            raise InputError(f"output {str(path)!r} is a folder; choose a file")
+        if path.exists() and not force:
+            raise InputError(f"output {str(path)!r} is there already; choose another name, or replace it with --force")
+
+
+def scores_beside(output: str | None) -> str | None:
+    """The folder of score tables that goes with an output file."""
+    return None if output is None else str(Path(output).with_suffix(".scores"))
+
+
+@contextmanager
+def going_on(scores: str | None) -> Iterator[None]:
+    """Let an interrupted measurement say where its finished parts are, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if scores is not None and any(Path(scores).glob("*/parts/*")):
+            stop.add_note(f"finished parts are kept in {scores!r}: repeat the command to go on")
+        raise
 
 
 def chosen_device(text: str | None) -> str | None:
