@@ -17,7 +17,7 @@ from dither.data.calibration import LENGTH, prepare_calibration
 from dither.distilled import DISTILLED, calibration_without_data
 from dither.engine.local import Engine
 from dither.engine.opened import opened, team_of
-from dither.engine.purpose import single_purpose
+from dither.engine.purpose import full_floats, single_purpose
 from dither.engine.ranks import Ranks
 from dither.engine.team import ALONE, Team
 from dither.errors import InputError
@@ -38,6 +38,7 @@ from dither.unfinished import Unfinished, check_output
 logger = logging.getLogger(__name__)
 
 
+@full_floats()
 def quantize(
     model: str | Path | nn.Module,
     method: Method | str,
@@ -179,6 +180,7 @@ def _with_bits(method: Method | str, allocation: Allocation | str | Path | None)
     return allocated(method, bits), bits
 
 
+@full_floats()
 def begin(
     model: str | Path | nn.Module,
     method: Method | str,

@@ -11,15 +11,21 @@ R = TypeVar("R")
 
 
 @contextmanager
-def single_purpose() -> Iterator[None]:
-    """No gradients, and no reduced precision in statistics and solves."""
+def full_floats() -> Iterator[None]:
+    """No TF32, which GPUs use for convolutions unless told otherwise: what is compared would differ by its rounding."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def single_purpose() -> Iterator[None]:
+    """No gradients, and no reduced precision in statistics and solves."""
+    with full_floats(), torch.no_grad():
+        yield
 
 
 def precisely(function: Callable[[T], R], task: T) -> R:

@@ -49,7 +49,7 @@ def find_channel_chains(
 
     `run` calls the model on some inputs, `run_other` on as many others.
     """
-    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
+    layers = {name: module for name, module in model.named_modules() if is_layer(module) or _holds_values(module)}
     before, output = _inputs(layers, run)
     chains: list[ChannelChain] = []
     refused: dict[str, str] = {}
@@ -63,6 +63,12 @@ def find_channel_chains(
         else:
             chains.append(found)
     return chains, refused
+
+
+def _holds_values(module: nn.Module) -> bool:
+    """Whether a module, such as a normalization that was not folded, has tensors of its own to be cut with the rest."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(tensor.ndim > 0 for tensor in own)
 
 
 def _chain(
@@ -83,6 +89,9 @@ def _chain(
             after, _ = _inputs(layers, run)
         moved = {key: _moved(before[key], x) for key, x in after.items() if key in before}
         reached &= {key for key, which in moved.items() if len(which) == channels and _only(which, mask)}
+    holder = next((key for key in before if key in reached and not is_layer(layers[key])), None)
+    if holder is not None:
+        return f"not pruned: {holder} ({type(layers[holder]).__name__}) holds a value for each of its channels"
     through = tuple(key for key in before if key in reached and is_depthwise(layers[key]))
     readers = tuple(key for key in before if key in reached and key not in through)
     if not readers:
@@ -211,7 +220,7 @@ def expected_inputs(
     seen: list[Tensor] = []
 
     def set_output(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return values.to(output)[:, :, None, None].expand_as(output)
+        return values.to(output)[:, :, None, None].expand_as(output).clone()  # an activation may work in place
 
     def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
         seen.append(given_input(args, kwargs))
