@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import randomize
 from torch import Tensor, nn
 
+import dither
 from dither.errors import InputError, NonFiniteError
 from dither.formats.fit import fit_grid
 from dither.formats.qtensor import quantize
@@ -233,3 +235,29 @@ def test_something_that_is_no_layer_is_refused(odd: Callable[..., Any]) -> None:
     next(blocks)
     with pytest.raises(TypeError, match=r"blocks\.0\.norm1 is a LayerNorm, not a layer"):
         next(blocks).layer("blocks.0.norm1")
+
+
+class Summing(nn.Module):
+    """A block whose residual sum is written into its input, or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.norm, self.one, self.two, self.in_place = nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 12), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(self.one(self.norm(x)).relu())
+        if self.in_place:
+            x += y
+            return x
+        return x + y
+
+
+@pytest.mark.parametrize("method", ["gptq", "erq"])
+def test_a_block_that_writes_into_its_input_is_quantized_like_one_that_does_not(method: str) -> None:
+    found = []
+    for in_place in (False, True):
+        blocks = nn.Sequential(*(Summing(in_place) for _ in range(3)))
+        model = randomize(nn.Sequential(nn.Linear(8, 12), blocks), seed=0)
+        batches = [torch.randn(32, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+        found.append(dither.quantize(model.eval(), method, batches).network.model(batches[0]))
+    assert torch.equal(*found)

@@ -223,6 +223,72 @@ class Summed(nn.Module):
         return x
 
 
+class Doubling(nn.Module):
+    """A unit that changes its input in place, before or behind its layer."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.layer, self.early = nn.Linear(2, 2), early
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.early:
+            return self.layer(x.mul_(2))
+        y = self.layer(x)
+        x += y
+        return x
+
+
+class Around(nn.Module):
+    """What is behind the unit reads the changed input as well as the output."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.block = Doubling(early)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        return torch.cat([self.block(x), x])
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_unit_that_changes_its_input_sees_the_same_input_each_time(early: bool, budget: int) -> None:
+    model = Around(early)
+    batches = [torch.full((1, 2), float(value)) for value in range(3)]
+    with torch.no_grad(), Spill(budget) as spill, suspended_at(model, ["block"]):
+        expected = [model(batch) for batch in batches]
+        stream = Stream(model, batches, spill)
+        forward = model.block.__dict__.pop("forward")
+        for _ in range(2):
+            seen = [one["layer"][0].clone() for one in layer_inputs(stream, model.block, {"layer": model.block.layer})]
+            for x, batch in zip(seen, batches, strict=True):
+                assert torch.equal(x, (batch + 1) * (1 + early))
+            assert torch.equal(stream.once(model.block), expected[0][:1])
+        stream.outputs(model.block)  # as a method may, before the walk does
+        outputs = stream.outputs(model.block)
+        assert torch.equal(next(stream.run(model.block)), expected[0][:1])
+        model.block.forward = forward
+        stream.resume(outputs)
+        assert stream.unit is None
+    assert all(torch.equal(*pair) for pair in zip(stream.results, expected, strict=True))
+
+
+def test_a_unit_that_changes_its_input_for_some_batches_only_is_refused() -> None:
+    class Sometimes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(2) if bool(x[0, 0] > 1) else x * 2
+
+    model = nn.ModuleDict({"block": Sometimes()})
+    batches = [torch.full((1, 2), float(value)) for value in range(3)]
+    with torch.no_grad(), Spill(2**30) as spill, suspended_at(model, ["block"]):
+        stream = Stream(lambda x: model["block"](x), batches, spill)
+        del model["block"].forward
+        with pytest.raises(InputError, match="block changes its input in place for some batches only"):
+            stream.outputs(model["block"])
+        model["block"].forward = lambda x: x
+        stream.close()
+
+
 def test_an_input_that_is_changed_in_place_is_the_one_that_the_layer_was_given() -> None:
     module = Summed()
     batches = [torch.full((1, 2), float(value)) for value in range(3)]

@@ -248,3 +248,15 @@ def test_values_and_what_passes_a_gate_are_chained_to_their_readers(
     with torch.no_grad():
         for module, run in blocks(network.model, network.batch(2)).values():
             assert find_chains(module, run) == expected
+
+
+def test_layers_on_both_sides_of_a_sum_in_place_share_no_input() -> None:
+    first, last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def run() -> Tensor:
+        x = torch.ones(3, 4)
+        x += first(x)
+        return last(x)
+
+    with torch.no_grad():
+        assert shared_inputs({"first": first, "last": last}, run) == []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dither.errors import InputError
 from dither.models.layers import given_input
-from dither.models.spill import Spill
+from dither.models.spill import Spill, bytes_of, tensors_in
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,33 @@ def _suspending(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
     return suspend
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A tensor that a unit is called on, as it was before or is after the call: all of its storage."""
+
+    tensor: Tensor
+    version: int
+    content: Tensor
+
+    def put_back(self) -> None:
+        """Let the tensor hold this again."""
+        bytes_of(self.tensor).copy_(self.content)
+
+
 class Stream:
-    """All batches, suspended at the same unit; activations wait in `spill`."""
+    """All batches, suspended at the same unit; activations wait in `spill`.
+
+    A unit that changes its input in place is run on the same input each time, and changes it for good when its pass
+    goes on.
+    """
 
     def __init__(self, run: Callable[[Any], Any], batches: Sequence[Any], spill: Spill, idle: bool = False) -> None:
         """`run` calls the model on one batch; `idle`, the batches show the way and are not measured."""
         self._passes = [_Pass(run) for _ in batches]
         self._spill, self._idle = spill, idle
+        self._edits: bool | None = None  # whether the unit changes its input in place; the first call tells
+        self._before: list[_Held] = []
+        self._after: list[list[_Held]] = []
         self.calls: list[Call] = []
         self.results: list[Any] = []
         try:
@@ -74,6 +94,7 @@ class Stream:
             raise
 
     def _take(self, states: list[Any]) -> None:
+        self._edits, self._after = None, []
         self.calls = [state for state in states if isinstance(state, Call)]
         self.results = [state for state in states if not isinstance(state, Call)]
         if len({call.unit for call in self.calls}) > 1 or (self.calls and self.results):
@@ -101,18 +122,39 @@ class Stream:
 
     def _each(self, module: Callable[..., Any]) -> Generator[Any, None, None]:
         for call in self.calls:
-            self._spill.fetch((call.args, call.kwargs))
+            given = tensors_in([call.args, call.kwargs])
+            self._spill.fetch(given)
+            versions = [x._version for x in given]
+            if self._edits is not False:
+                self._before = _held(given)
             try:
-                yield module(*call.args, **call.kwargs)
+                output = module(*call.args, **call.kwargs)
+                edits = versions != [x._version for x in given]
+                if edits and self._edits is False:
+                    raise InputError(f"{call.unit} changes its input in place for some batches only; let it copy")
+                self._edits = self._edits or edits
+                yield _copied(output) if self._edits else output  # it may be the input itself
             finally:  # whoever stops after the first batch still leaves it parked
-                self._spill.park((call.args, call.kwargs))
+                self.put_back()
+                self._before = []
+                self._spill.park(given)
+
+    def put_back(self) -> None:
+        """Give a unit's input the values that the unit was called with."""
+        for held in self._before:
+            if held.tensor._version != held.version:
+                held.put_back()
 
     def outputs(self, module: nn.Module) -> list[Any]:
         """All outputs, parked."""
         outputs = []
-        for output in self._each(module):
+        self._spill.fetch([held.content for after in self._after for held in after])  # of an earlier time
+        self._after = []
+        for call, output in zip(self.calls, self._each(module), strict=True):
             outputs.append(output)
-            self._spill.park(output)
+            after = _held(tensors_in([call.args, call.kwargs])) if self._edits else []
+            self._after.append(after)
+            self._spill.park([output, [held.content for held in after]])
         return outputs
 
     @property
@@ -152,10 +194,11 @@ class Stream:
 
     def resume(self, outputs: list[Any]) -> None:
         """Hand every pass its unit's output and run it to its next unit."""
-        calls, states = self.calls, []
-        for one, call, output in zip(self._passes, calls, outputs, strict=True):
-            self._spill.fetch((call.args, call.kwargs))
-            self._spill.fetch(output)
+        states = []
+        for one, call, output, after in zip(self._passes, self.calls, outputs, self._after, strict=True):
+            self._spill.fetch([call.args, call.kwargs, output, [held.content for held in after]])
+            for held in after:
+                held.put_back()
             states.append(one.switch(output))
         self._take(states)
 
@@ -202,6 +245,7 @@ def layer_inputs(
         if late:  # known now: once more, with copies
             changing.update(late)
             seen.clear()
+            stream.put_back()
             run(*args, **kwargs)
 
     handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
@@ -213,6 +257,21 @@ def layer_inputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _held(tensors: Sequence[Tensor]) -> list[_Held]:
+    return [_Held(x, x._version, bytes_of(x).clone()) for x in tensors]
+
+
+def _copied(value: Any) -> Any:
+    """A nest with copies of its tensors."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(part) for part in value)
+    return value
 
 
 def _leading(call: Call) -> int:

@@ -136,19 +136,29 @@ def _change(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return 1 + draw[0] / 2, draw[1]
 
 
-def _inputs(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> tuple[_Inputs, Any]:
-    """What arrives at each layer, and what `run` returns."""
+def _inputs(
+    layers: Mapping[str, nn.Module], run: Callable[[], Any], changing: frozenset[str] = frozenset()
+) -> tuple[_Inputs, Any]:
+    """What arrives at each layer, and what `run` returns; inputs that are changed in place later are copied."""
     seen: _Inputs = {}
+    versions: list[tuple[str, Tensor, int]] = []
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda _module, args, kwargs: seen.setdefault(name, []).append(given_input(args, kwargs).detach())
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = given_input(args, kwargs).detach()
+            seen.setdefault(name, []).append(x.clone() if name in changing else x)
+            versions.append((name, x, x._version))
+
+        return hook
 
     handles = [module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in layers.items()]
     try:
-        return seen, run()
+        output = run()
     finally:
         for handle in handles:
             handle.remove()
+    late = {name for name, x, version in versions if x._version != version} - changing
+    return _inputs(layers, run, changing | late) if late else (seen, output)
 
 
 class _Altered:

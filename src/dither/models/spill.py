@@ -60,7 +60,7 @@ class Spill:
                 self.in_memory -= size
                 continue
             tensor.untyped_storage().resize_(size)
-            _bytes_of(tensor).copy_(load_file(path)["bytes"])
+            bytes_of(tensor).copy_(load_file(path)["bytes"])
             path.unlink()
 
     def _write(self, tensor: Tensor) -> Path:
@@ -68,7 +68,7 @@ class Spill:
             self._folder = tempfile.TemporaryDirectory(prefix="dither-activations-")
         self._count += 1
         path = Path(self._folder.name) / f"{self._count}.safetensors"
-        save_file({"bytes": _bytes_of(tensor).cpu().clone()}, path)
+        save_file({"bytes": bytes_of(tensor).cpu().clone()}, path)
         tensor.untyped_storage().resize_(0)
         self.spilled += 1
         return path
@@ -83,7 +83,8 @@ class Spill:
             self._folder.cleanup()
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
+    """All that a tensor's storage holds, in its memory."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
