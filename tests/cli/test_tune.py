@@ -69,6 +69,18 @@ def test_people_get_a_table_and_are_told_that_one_set_was_split(
     assert "What each choice did" in page
 
 
+def test_more_pictures_to_judge_by_than_there_are_are_refused_with_the_reason(
+    run: Run, tiny_model: Path, calibration: Path, pictures: Path
+) -> None:
+    common = ("tune", tiny_model, *FAST, "--trials", 2, "-o", "out")
+    line = error_line(run(*common, "--calibration", pictures, "--count", 10))
+    assert "judged by 6 pictures of" in line
+    assert "the 4 others calibrate; give --data" in line
+    line = error_line(run(*common, "--calibration", calibration, "--data", pictures, "--count", 11))
+    assert "judged by 10 pictures of" in line
+    assert "others" not in line
+
+
 @pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_with_the_same_trials(
     tiny_model: Path, calibration: Path, pictures: Path, tmp_path: Path
@@ -265,7 +277,9 @@ def test_a_text_is_split_and_its_first_part_makes_the_best_again(run: Run, tmp_p
         "--try",
         "ends=quantized,kept",
     )
-    done = run("tune", "llama", "--calibration", "text.txt", "--strategy", "genetic", *few, "--try", "granularity=g32",
+    start = ("tune", "llama", "--calibration", "text.txt")
+    assert "samples" in error_line(run(*start, "--try", "samples=9999", "-o", "out"))
+    done = run(*start, "--strategy", "genetic", *few, "--try", "granularity=g32",  # nothing was left in its folder
                "--try", "samples=2,6", "--length", 16, "--count", 4, "--trials", 3, "--json", "-o", "out")  # fmt: skip
     assert done.code == 0, done.err
     assert done.data["settings"]["objective"] == "perplexity"

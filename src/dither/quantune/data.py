@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dither.data import DataSet, TextSet, open_data
+from dither.data import DataSet, ImageSet, TextSet, open_data
 from dither.data.calibration import LENGTH
 from dither.data.split import split_pictures, split_text
 from dither.errors import InputError
@@ -27,6 +27,27 @@ class TuningData:
     place: str | None
     notes: list[str] = field(default_factory=list)
     most: int | None = None  # pictures that a draw may hold, where calibration and data are parts of one set
+    part: str | None = None  # of a text that was split, what calibrates
+
+    def check_count(self, count: int | None) -> None:
+        """Refuse to judge by more pictures than there are.
+
+        Raises:
+            InputError: there are fewer; the message says where they come from.
+        """
+        there = len(self.data) if isinstance(self.data, ImageSet) else None
+        if count is None or there is None or 1 <= count <= there:
+            return
+        split = f", as the {self.most} others calibrate; give --data to judge by" if self.most else ""
+        raise InputError(f"--count {count}: trials are judged by {there} pictures of {self.data.source!r}{split}")
+
+    def keep(self, folder: Path) -> None:
+        """Write the part of a split text that calibrates, which `place` names."""
+        if self.part is None:
+            return
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.part, folder / TEXT)
 
     def samples(self, wanted: Sequence[Value] | None, network: Network, length: int | None) -> list[int]:
         """How many pictures or sequences trials may calibrate on: as `wanted`, or the usual numbers that there are.
@@ -57,12 +78,12 @@ class TuningData:
 
 def open_tuning_data(
     calibration: str | Path | DataSet, data: str | Path | DataSet | None, test: str | Path | DataSet | None,
-    samples: Sequence[Value] | None, seed: int, folder: Path,
+    samples: Sequence[Value] | None, seed: int, folder: Path, count: int | None = None,
 ) -> TuningData:  # fmt: skip
-    """Open the sets. One set for calibration and data is split, which the notes say; a text's part goes to a file.
+    """Open the sets. One set for calibration and data is split, which the notes say; `keep` writes a text's part.
 
     Raises:
-        PathError, InputError: a set cannot be read, or two of them have something in common.
+        PathError, InputError: a set cannot be read, holds no `count` to judge by, or has something in another.
     """
     source = _open(calibration)
     exam = None if test is None else _open(test)
@@ -72,6 +93,7 @@ def open_tuning_data(
     else:
         sets = TuningData(source, _open(data), None, place)
         refuse_overlap(source, sets.data)
+    sets.check_count(count)
     if exam is not None:
         refuse_overlap(source, exam)
         if sets.data.digests() & exam.digests():
@@ -90,11 +112,8 @@ def open_tuning_data(
 def _split(source: DataSet, samples: Sequence[Value] | None, seed: int, place: str | None, folder: Path) -> TuningData:
     if isinstance(source, TextSet):
         first, last = split_text(source)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_text(first.documents[0], folder / TEXT)
         note = f"{source.source!r} was split: its last fifth judges trials, the rest calibrates ({TEXT})"
-        return TuningData(first, last, None, str(folder / TEXT), [note])
+        return TuningData(first, last, None, str(folder / TEXT), [note], part=first.documents[0])
     known = [number for number in samples or PICTURES if isinstance(number, int)]
     half = max(1, len(source) // 2)
     most = max((n for n in known if samples is not None or n <= half), default=half)
