@@ -11,6 +11,7 @@ from dither.allocation.frontier import dynamic, frontier
 from dither.allocation.knapsack import knapsack
 from dither.allocation.lagrangian import hull, lagrangian
 from dither.allocation.monotone import monotone
+from dither.allocation.pairwise import pair_costs, pair_score, pairwise
 from dither.allocation.problem import Problem, Solver, tied
 from dither.allocation.solve import SOLVERS, solver_named
 from dither.allocation.uniform import uniform
@@ -218,6 +219,18 @@ def test_tied_units_get_the_same_option_and_what_they_cost_together() -> None:
     assert choice[2] == choice[5]
     alike = [c for c in all_fitting(problem) if c[1] == c[4] and c[2] == c[5]]
     assert problem.score(choice) == pytest.approx(min(problem.score(c) for c in alike))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tied_units_keep_what_they_cost_together_with_each_other_and_with_the_rest(seed: int) -> None:
+    problem, draw = random_problem(seed, units=6), np.random.default_rng(seed)
+    problem = replace(problem, pairs={2: draw.normal(size=(6, 6))})
+    merged, index = tied(problem, [(4, 1), (2, 5)])
+    inner, outer = (pair_costs(one.pairs, one.scores.shape) for one in (problem, merged))
+    for choice in itertools.product(range(3), repeat=4):
+        whole = tuple(choice[group] for group in index)
+        assert pair_score(merged, outer, choice) == pytest.approx(pair_score(problem, inner, whole))
+    assert len(pairwise(merged).choice) == 4
 
 
 def test_an_unknown_solver_is_named_with_the_nearest() -> None:

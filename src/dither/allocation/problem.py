@@ -151,7 +151,8 @@ def within(spent: float, budget: float) -> bool:
 def tied(problem: Problem, groups: Sequence[Sequence[int]]) -> tuple[Problem, Int[np.ndarray, " u"]]:
     """The problem whose units are groups of this one's, with summed scores and costs, and the group of each unit.
 
-    Units in no group stay alone. A solution's choice, indexed by the groups, is that of the units.
+    Units in no group stay alone. A solution's choice, indexed by the groups, is that of the units. What units of one
+    group cost together is part of the group's score, as they always have the same option.
     """
     index = np.full(len(problem.scores), -1)
     for number, group in enumerate(groups):
@@ -159,10 +160,15 @@ def tied(problem: Problem, groups: Sequence[Sequence[int]]) -> tuple[Problem, In
     alone = np.flatnonzero(index < 0)
     index[alone] = len(groups) + np.arange(len(alone))
     index = np.unique(np.array([np.flatnonzero(index == number)[0] for number in index]), return_inverse=True)[1]
-    priority = problem.priority
+    priority, scores, pairs = problem.priority, _sums(problem.scores, index), {}
+    for option, matrix in problem.pairs.items():
+        both = _sums(_sums((matrix + matrix.T) / 2, index).T, index)
+        scores[:, option] += (both.diagonal() - _sums(matrix.diagonal()[:, None], index)[:, 0]) / 2
+        pairs[option] = both - np.diag(both.diagonal())
     merged = replace(
         problem,
-        scores=_sums(problem.scores, index),
+        scores=scores,
+        pairs=pairs,
         costs={name: _sums(costs, index) for name, costs in problem.costs.items()},
         priority=None if priority is None else _largest(priority, index),
     )
