@@ -4,10 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from tests.conftest import randomize
 from torch import Tensor, nn
 
 import dither
 from dither.models.coverage import coverage
+from dither.nn.activation import ActivationQuantizer
+from dither.recipe import build_method
 
 
 @pytest.mark.parametrize(
@@ -45,5 +49,50 @@ def test_reasons_are_those_given_or_follow_from_the_class() -> None:
         "table": "embedding stays in full precision",
         "own": "Own overrides the forward pass of its base class",
         "fc": "skipped by 'fc'",
-        "act": "PReLU is neither Linear nor Conv2d nor Conv1D",
+        "act": "PReLU is neither Linear nor Conv2d nor transformers' Conv1D",
     }
+
+
+class Encoder(nn.Module):
+    """torch's own transformer, which reads its weights without calling layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 16)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_attention_of_torch_is_listed_with_all_its_parameters_and_why_it_is_kept() -> None:
+    model = randomize(Encoder())
+    batch = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    rows = {row["name"]: row for row in dither.quantize(model, "rtn", [batch]).report.data["coverage"]}
+    assert sum(row["parameters"] for row in rows.values()) == sum(p.numel() for p in model.parameters())
+    owner, last = rows["layers.0.self_attn"], rows["layers.0.self_attn.out_proj"]
+    assert (owner["status"], owner["parameters"]) == ("kept", 3 * 16 * 16 + 3 * 16)
+    assert owner["reason"] == "MultiheadAttention multiplies by its weights in one call of torch, not through layers"
+    assert (last["status"], last["reason"]) == ("kept", "MultiheadAttention reads its weight without calling it")
+
+
+def test_inputs_in_torch_s_encoder_are_quantized_though_it_has_a_call_that_reads_weights_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = randomize(Encoder())
+    batch = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    quantized = dither.quantize(model, build_method("rtn", {"activations": "int4"}), [batch]).network.model
+    called: list[int] = []
+    forward = ActivationQuantizer.forward
+
+    def spy(self: ActivationQuantizer, x: Tensor) -> Tensor:  # a hook would keep torch from its call
+        called.append(x.shape[-1])
+        return forward(self, x)
+
+    monkeypatch.setattr(ActivationQuantizer, "forward", spy)
+    with torch.no_grad():
+        quantized(batch)
+    assert called == [16, 32, 16, 32]

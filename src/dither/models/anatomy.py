@@ -67,7 +67,7 @@ def read_anatomy(model: nn.Module, run: Callable[[], object], wanted: Collection
         raise InputError(f"{type(model).__name__} is quantized already; give the model that it was made from")
     if not names:
         raise InputError(f"{type(model).__name__} has no Linear or Conv2d layer: there is nothing to quantize")
-    kept = {name: "never called in the forward pass" for name in names if trace.calls[name] == 0}
+    kept = {name: _uncalled(model, name) for name in names if trace.calls[name] == 0}
     heads = {name: HEAD for name, module in names.items() if module is _head(model)} | _tied(model)
     kept |= {name: reason for name, reason in heads.items() if name not in wanted}
     blocks = [name for name in block_names(model) if trace.calls[name] > 0]
@@ -85,6 +85,14 @@ def read_anatomy(model: nn.Module, run: Callable[[], object], wanted: Collection
     built = tuple(_unit(name, layers, name in blocks, trace.attention) for name, layers in units.items())
     entry = built[0].layers[0] if built else ""
     return Anatomy(built, entry, kept)
+
+
+def _uncalled(model: nn.Module, name: str) -> str:
+    """Why a layer is kept that the forward pass does not call."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.MultiheadAttention):
+        return "MultiheadAttention reads its weight without calling it"
+    return "never called in the forward pass"
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

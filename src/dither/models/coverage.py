@@ -54,6 +54,8 @@ def _row(name: str, module: nn.Module, parameters: int, status: str, reason: str
 def _reason(module: nn.Module) -> str:
     if is_layer(module):
         return "not reached by the walk"
+    if isinstance(module, nn.MultiheadAttention):
+        return "MultiheadAttention multiplies by its weights in one call of torch, not through layers"
     if isinstance(module, nn.Linear | nn.Conv2d):
         return f"{type(module).__name__} overrides the forward pass of its base class"
     if is_fused(module):
@@ -64,4 +66,4 @@ def _reason(module: nn.Module) -> str:
     for word, reason in _REASONS:
         if word in kind:
             return reason
-    return f"{type(module).__name__} is neither Linear nor Conv2d nor Conv1D"
+    return f"{type(module).__name__} is neither Linear nor Conv2d nor transformers' Conv1D"

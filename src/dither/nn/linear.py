@@ -83,6 +83,8 @@ class _Packed(nn.Module):
         super().__init__()
         self.packed, self.input_quantizer, self.dtype = packed, input_quantizer, dtype
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        if input_quantizer is not None:
+            self.register_forward_pre_hook(_be_called)
 
     @property
     def weight(self) -> Tensor:
@@ -98,6 +100,14 @@ class _Packed(nn.Module):
     def quantize_input(self, x: Tensor) -> Tensor:
         """x as the layer sees it."""
         return x if self.input_quantizer is None else self.input_quantizer(x)
+
+
+def _be_called(_module: nn.Module, _args: Any) -> None:
+    """A hook that does nothing, but that it is there.
+
+    Without hooks below it, torch's TransformerEncoderLayer multiplies by `weight` in one fused call in evaluation mode,
+    and inputs would never meet their quantizers.
+    """
 
 
 class QuantizedLinear(_Packed):
