@@ -111,3 +111,23 @@ def test_an_accuracy_is_met_at_the_least_size(run: Run, tiny_model: Path, calibr
     assert data["status"].startswith("agreement ") and float(data["status"].split()[1]) >= 0.9
     assert "goes without a budget" in run(*common, "--accuracy", 0.9, "--bits", 4).err
     assert "a share of predictions such as 0.99" in error_line(run(*common, "--accuracy", 99))
+
+
+def test_classes_of_layers_have_measures_and_budgets_of_their_own(
+    run: Run, tiny_model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    common = ("allocate", tiny_model, "--calibration", calibration, *FORMATS, "--bits", "5,5.5")
+    done = run(*common, "--by", "mixdq", "--class", "*mlp*=error", "--json", "-o", "bits.yaml")
+    assert done.code == 0, done.err
+    five, more = done.data["allocations"]
+    assert five["solver"] == "mixdq" and five["bits"] <= 5 and more["bits"] <= 5.5
+    assert five["facts"]["measures"] == {"*mlp*": "error", "the rest": "kl"}
+    assert (
+        run("quantize", tiny_model, "--calibration", calibration, "--allocation", "bits-5.yaml", "--dry-run").code == 0
+    )
+    done = run(*common, "--by", "vidit", "--class", "*mlp*", "--class", "*attention*=error", "--json")
+    assert done.code == 0, done.err
+    assert [one["solver"] for one in done.data["allocations"]] == ["vidit"] * 2
+    assert "--class" in run(*common, "--by", "mixdq").err
+    assert "--class" in run(*common, "--by", "kl", "--class", "*mlp*").err
+    assert "nothing else" in run(*common, "--by", "mixdq", "--class", "*mlp*", "--solver", "dp").err

@@ -61,7 +61,16 @@ LatencyFile = Annotated[
     typer.Option("--latency", metavar="FILE.json", help="Measured times: layer name or OxI → format → time.",
                  show_default=False, rich_help_panel=_BUDGET),
 ]  # fmt: skip
-By = Annotated[str, typer.Option(metavar="NAME", help="What is measured; settings follow, as in hawq-v2+probes=20.")]
+By = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="What is measured; settings follow, as in hawq-v2+probes=20. mixdq and vidit "
+                 "measure each --class by itself."),
+]  # fmt: skip
+Class = Annotated[
+    list[str] | None,
+    typer.Option("--class", metavar="PATTERN,…[=NAME]", help="For --by mixdq (one) or vidit: layers with a budget of "
+                 "their own, and what is measured of them (kl); may be repeated.", show_default=False),
+]  # fmt: skip
 Solver = Annotated[
     str | None,
     typer.Option(
@@ -104,6 +113,7 @@ def allocate(
     accuracy: Accuracy = None,
     latency: LatencyFile = None,
     by: By = "fisher",
+    classes: Class = None,
     solver: Solver = None,
     options: Options = None,
     method: Name = "rtn",
@@ -136,15 +146,14 @@ def allocate(
         dither allocate llama/ --calibration text.txt --bits 2.5,3,3.5 --by kl --method gptq --samples 16 -o bits.yaml
 
         dither allocate vit/ --calibration pictures/ --accuracy 0.99 --by augmented -o bits.yaml
+
+        dither allocate vit/ --calibration pictures/ --bits 4.5 --by mixdq --class '*mlp*=quadratic' -o bits.yaml
     """
     with Terminal(json=json, quiet=quiet, debug=debug) as terminal:
-        from dither import allocating
-        from dither.sensitivity import measure
-
-        chosen = allocating.allocator_named(by)
         limits = _limits(limit or [])
         wanted: list[float | None] = [_number("--bits", text) for text in dict.fromkeys(listed(bits or ""))] or [None]
         most = None if size is None else read_bytes(size)
+        apart = _classes(by, classes or [], asked=any((accuracy, limits, solver)))
         _check_asked(accuracy, bits, most, limits, solver)
         files, folder = _files(output, wanted, force=force), scores or scores_beside(output)
         how: dict[str, Any] = {
@@ -153,15 +162,15 @@ def allocate(
             "length": length, "batch_size": batch_size, "device": chosen_device(device),
             "workers": workers, "engine": engine, "ray_address": ray_address,
         }  # fmt: skip
-        with going_on(folder), terminal.progress(chosen.sensitivity) as progress:
+        with going_on(folder), terminal.progress(by) as progress:
             how["progress"] = progress
             if accuracy is not None:
-                table, found = _to_accuracy(model, calibration, accuracy, chosen.sensitivity, how)
+                table, found = _to_accuracy(model, calibration, accuracy, by, how)
+            elif apart:
+                table, found = _by_classes(model, calibration, by, apart, wanted, most, how)
             else:
-                table, found = measure(model, chosen.sensitivity, calibration, **how), []
-        if accuracy is None:
-            budget: dict[str, Any] = {"size": most, "limits": limits, "by": by, "solver": solver}
-            found = [allocating.allocate(table, bits=one, **budget) for one in wanted]
+                budget: dict[str, Any] = {"size": most, "limits": limits, "by": by, "solver": solver}
+                table, found = _within(model, calibration, wanted, budget, how)
         _show(terminal, table, found, _write(table, found, files))
 
 
@@ -177,11 +186,46 @@ def _check_asked(accuracy: float | None, bits: str | None, most: float | None, l
         )
 
 
+def _classes(by: str, texts: list[str], *, asked: bool) -> dict[str, str]:
+    """The measure of each class of layers; none where the way to allocate knows no classes."""
+    from dither.by_classes import REST, WAYS
+
+    if (by in WAYS) != bool(texts):
+        raise typer.BadParameter("goes with --by mixdq or vidit, and these need it", param_hint="--class")
+    if texts and asked:
+        raise typer.BadParameter("takes --bits or --size and nothing else", param_hint=f"--by {by}")
+    parts = [text.rpartition("=") if "=" in text else (text, "", REST) for text in texts]
+    return {patterns.strip(): measure.strip() for patterns, _, measure in parts}
+
+
+def _within(
+    model: str, calibration: str, wanted: list[float | None], budget: dict[str, Any], how: dict[str, Any]
+) -> tuple[Any, list[Any]]:
+    """The table and an allocation for each number of bits."""
+    from dither import allocating
+    from dither.sensitivity import measure
+
+    table = measure(model, allocating.allocator_named(budget["by"]).sensitivity, calibration, **how)
+    return table, [allocating.allocate(table, bits=one, **budget) for one in wanted]
+
+
+def _by_classes(
+    model: str, calibration: str, by: str, classes: dict[str, str], wanted: list[float | None], most: float | None,
+    how: dict[str, Any],
+) -> tuple[Any, list[Any]]:  # fmt: skip
+    """The table and an allocation for each number of bits."""
+    from dither.by_classes import allocate_by_classes
+
+    found = [allocate_by_classes(model, calibration, by, classes, bits=bits, size=most, **how) for bits in wanted]
+    return found[-1][0], [allocation for _, allocation in found]
+
+
 def _to_accuracy(model: str, calibration: str, accuracy: float, by: str, how: dict[str, Any]) -> tuple[Any, list[Any]]:
     """The table and the one allocation."""
     from dither.accuracy import allocate_to_accuracy
+    from dither.allocating import allocator_named
 
-    cost = "size" if how["latency"] is None else "latency"
+    cost, by = "size" if how["latency"] is None else "latency", allocator_named(by).sensitivity
     table, found = allocate_to_accuracy(model, calibration, accuracy, by=by, cost=cost, **how)
     return table, [found]
 
