@@ -217,13 +217,14 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def checked(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Runs of several results; the facts that describe them must agree."""
+    """Runs of several results, of equal ones the last; the facts that describe them must agree."""
     facts = [{key: one["facts"][key] for key in FACTS} for one in results]
     for one in facts:
         other = {key for key in FACTS if one[key] != facts[0][key] and key != "fp_perplexity"}
         if other:
             raise SystemExit(f"these results differ in {sorted(other)}; give another --out")
-    return [run for one in results for run in one["runs"]], facts[0]
+    runs = {(run["label"], run["weights"], run["seed"]): run for one in results for run in one["runs"]}
+    return list(runs.values()), facts[0]
 
 
 def main() -> None:

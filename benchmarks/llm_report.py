@@ -25,7 +25,7 @@ def peer_names(one: dict[str, Any]) -> dict[str, str]:
     kind = "nf" if one["peer"] == "bitsandbytes" else "int"
     return {
         "label": ", ".join([label, *changed]),
-        "tool": f"{one['peer']} {one['version']}",
+        "tool": f"{one['peer']} {'.'.join(one['version'].split('.')[:3])}",  # not its packaging
         "weights": f"{kind}{one['bits']}:g{one['group_size']}",
     }
 

@@ -83,7 +83,7 @@ def _perplexity(runs: list[dict[str, Any]]) -> str:
         return "–"
     mean, bits = statistics.fmean(known), statistics.fmean(run["bits_per_weight"] for run in runs)
     shown = f"{mean:.2f}" if mean < 1000 else f"{mean:.0e}".replace("e+0", " · 10^")
-    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 and mean < 1000 else ""
     return f"{shown}{spread} ({bits:.2f})"
 
 

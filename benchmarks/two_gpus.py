@@ -94,7 +94,10 @@ def job(path: Path) -> None:
 
     started = perf_counter()
     method = GPTQ(weights=given["weights"], skip=tuple(others))
-    result = dither.quantize(given["model"], method, batches, device=given["device"], progress=progress)
+    result = dither.quantize(
+        given["model"], method, batches, device=given["device"], progress=progress,
+        spill_budget=2**36,  # no rank waits for a disk; by default activations over 1 GiB are spilled
+    )  # fmt: skip
     layers = result.report.data["layers"]
     steady = [layer for layer in layers if not layer["name"].startswith("model.layers.0.")]
     packed = result.model.get_submodule(COMPARED.format(block=given["measured"] - 1)).packed

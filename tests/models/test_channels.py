@@ -69,7 +69,9 @@ def test_of_a_residual_network_only_the_first_layer_of_each_block_starts_a_chain
     assert found == [ChannelChain(block.format(s, k, 0), (), (block.format(s, k, 1),)) for s, k in expected]
 
 
-@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(inplace=True), nn.Sequential(nn.ReLU6(), nn.AvgPool2d(2)), nn.SiLU()])
+@pytest.mark.parametrize(
+    "act", [nn.ReLU(), nn.ReLU6(inplace=True), nn.Sequential(nn.ReLU6(), nn.AvgPool2d(2)), nn.SiLU()]
+)
 def test_the_mean_that_a_reader_sees_is_that_of_the_activation_of_a_normal_variable(act: nn.Module) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), act, nn.Conv2d(6, 4, 1)).eval()

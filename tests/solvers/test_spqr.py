@@ -13,7 +13,7 @@ from dither.formats.qtensor import QTensor
 from dither.formats.ranges import affine
 from dither.formats.spec import QuantSpec
 from dither.solvers.columns import column_order, round_by_columns, round_by_groups
-from dither.solvers.spqr import round_with_outliers
+from dither.solvers.spqr import above_threshold, largest_share, round_with_outliers
 
 TEXT = "int3:g4:asym:tight:realzero"
 
@@ -90,7 +90,7 @@ def test_the_sweep_is_the_papers_loop(
     spec = QuantSpec.parse(text)
     weight = heavy(rows, groups * (spec.group_size or 3), seed)
     hessian = moment(weight.shape[1], seed + 1)
-    found, notes = round_with_outliers(weight, hessian, spec, 1.0, act_order, tau, leave_one_out=True)
+    found, notes = round_with_outliers(weight, hessian, spec, 1.0, act_order, above_threshold(tau), leave_one_out=True)
     expected, outliers = written_out(weight, hessian, spec, 1.0, act_order, tau)
     assert found.sparse is not None
     assert torch.equal(found.sparse.dense() != 0, outliers & (found.sparse.dense() != 0))
@@ -104,7 +104,7 @@ def test_the_sweep_is_the_papers_loop(
 def test_with_no_outliers_it_is_gptq_with_groups_fitted_on_the_way() -> None:
     weight, hessian, spec = heavy(6, 16), moment(16), QuantSpec.parse(TEXT)
     alone = spec.model_copy(update={"granularity": "channel", "group_size": None})
-    found, notes = round_with_outliers(weight, hessian, spec, 0.1, True, 1e9, leave_one_out=True)
+    found, notes = round_with_outliers(weight, hessian, spec, 0.1, True, above_threshold(1e9), leave_one_out=True)
     expected = round_by_groups(weight, hessian, lambda group, _: fit_grid(group.float(), alone), spec, 16, 0.1, True)
     torch.testing.assert_close(found.dequantize(torch.float64), expected.weight, rtol=1e-6, atol=1e-6)
     assert notes["outliers"] == 0
@@ -114,10 +114,10 @@ def test_with_no_outliers_it_is_gptq_with_groups_fitted_on_the_way() -> None:
 @pytest.mark.parametrize("text", ["int3:tensor:asym", "int3:g2:ic:asym", "int4:dual", "nf4:g4"])
 def test_other_formats_get_their_grid_once_and_outliers_all_the_same(text: str) -> None:
     weight, hessian, spec = heavy(8, 16), moment(16), QuantSpec.parse(text)
-    found, _ = round_with_outliers(weight, hessian, spec, 0.1, True, 1e9, leave_one_out=True)
+    found, _ = round_with_outliers(weight, hessian, spec, 0.1, True, above_threshold(1e9), leave_one_out=True)
     plain = round_by_columns(weight, hessian, fit_grid(weight.float(), spec), 16, 0.1, True).weight
     torch.testing.assert_close(found.dequantize(torch.float64), plain, rtol=1e-5, atol=1e-5)
-    some, notes = round_with_outliers(weight, hessian, spec, 0.1, True, 0.01, leave_one_out=True)
+    some, notes = round_with_outliers(weight, hessian, spec, 0.1, True, above_threshold(0.01), leave_one_out=True)
     assert 0 < notes["outliers"] < 0.9
     assert cost(weight, some, hessian) < cost(weight, found, hessian)
 
@@ -129,7 +129,10 @@ def cost(weight: Tensor, found: QTensor, hessian: Tensor) -> float:
 
 def test_a_lower_threshold_keeps_more_and_costs_less() -> None:
     weight, hessian, spec = heavy(24, 32), moment(32), QuantSpec.parse(TEXT)
-    found = [round_with_outliers(weight, hessian, spec, 0.1, True, tau, True) for tau in (1e9, 0.1, 0.05, 0.02)]
+    found = [
+        round_with_outliers(weight, hessian, spec, 0.1, True, above_threshold(tau), True)
+        for tau in (1e9, 0.1, 0.05, 0.02)
+    ]
     shares, costs = [notes["outliers"] for _, notes in found], [cost(weight, one, hessian) for one, _ in found]
     assert shares == sorted(shares) and shares[0] == 0 and 0 < shares[1] < shares[2] < 0.1
     assert costs == sorted(costs, reverse=True)
@@ -141,26 +144,40 @@ def test_leaving_likely_outliers_out_of_the_ranges_lowers_the_error_of_the_rest(
     for seed in range(4):
         weight, hessian = heavy(24, 32, seed), moment(32, seed + 1)
         for leave in costs:
-            costs[leave] += cost(weight, round_with_outliers(weight, hessian, spec, 0.1, True, 0.2, leave)[0], hessian)
+            costs[leave] += cost(
+                weight, round_with_outliers(weight, hessian, spec, 0.1, True, above_threshold(0.2), leave)[0], hessian
+            )
     assert costs[True] < 0.9 * costs[False]
 
 
 def test_the_scale_of_the_hessian_does_not_matter() -> None:
     weight, hessian, spec = heavy(6, 16), moment(16), QuantSpec.parse(TEXT)
-    one, _ = round_with_outliers(weight, hessian, spec, 1.0, True, 0.2, True)
+    one, _ = round_with_outliers(weight, hessian, spec, 1.0, True, above_threshold(0.2), True)
     for scale in (1e-10, 1e8):
-        other, _ = round_with_outliers(weight, scale * hessian, spec, 1.0, True, 0.2, True)
+        other, _ = round_with_outliers(weight, scale * hessian, spec, 1.0, True, above_threshold(0.2), True)
         assert torch.equal(one.codes, other.codes)
         assert torch.equal(one.dequantize(), other.dequantize())
 
 
 def test_a_group_that_does_not_divide_is_refused_before_any_work() -> None:
     with pytest.raises(ShapeError, match=r"group size 4 .* does not divide 6 inputs"):
-        round_with_outliers(heavy(2, 6), moment(6), QuantSpec.parse(TEXT), 1.0, True, 0.2, True)
+        round_with_outliers(heavy(2, 6), moment(6), QuantSpec.parse(TEXT), 1.0, True, above_threshold(0.2), True)
 
 
 def test_one_row_and_dead_columns_are_stored() -> None:
     weight, hessian = heavy(1, 8), moment(8)
     hessian[3] = hessian[:, 3] = 0
-    found, _ = round_with_outliers(weight, hessian, QuantSpec.parse(TEXT), 1.0, True, 0.2, True)
+    found, _ = round_with_outliers(weight, hessian, QuantSpec.parse(TEXT), 1.0, True, above_threshold(0.2), True)
     assert bool(found.dequantize().isfinite().all())
+
+
+@pytest.mark.parametrize("text", ["int2:g8:asym:tight:realzero:s3.16", "int4:g8:asym:tight:realzero"])
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.02])
+def test_a_share_of_outliers_is_kept_at_any_width(text: str, share: float) -> None:
+    weight, hessian = heavy(128, 64).float().double(), moment(64)
+    found, notes = round_with_outliers(
+        weight, hessian, QuantSpec.parse(text), 0.1, True, largest_share(share), leave_one_out=True
+    )
+    assert found.sparse is not None
+    assert notes["outliers"] * weight.numel() == found.sparse.count
+    assert share / 2 <= notes["outliers"] <= 4 * share

@@ -7,7 +7,8 @@ it takes the place of the inputs' Gram in a Hessian-based solver (SpQR for 2 bit
 H = mean over sequences of GᵀG, with G [o, i] the gradient of one sequence's loss; no public code exists.
 [choice] Two phases for each block: gradients of the whole network with the blocks before it quantized, then the solver;
 `gradients="once"` takes all gradients of the full-precision network in one pass instead. The default is SpQR's loop at
-2 bits by groups of 128 with statistics in 3 bits by 16 rows; the solver's own settings are those of its method (the
+2 bits by groups of 128 with statistics in 3 bits by 16 rows and 0.04 % outliers, which makes 2.09 bits of Llama's
+matrices; the solver's own settings are those of its method (the
 preset `oac-billm` is BiLLM's loop, where layers of another than its format are rounded column by column).
 Damping is in units of the mean diagonal, as this Hessian's spectrum is more skewed than a Gram's. Models other than
 language models are asked for the cross-entropy to their own prediction.
@@ -32,7 +33,7 @@ from dither.methods.base import Method
 from dither.models.gradients import Gradients
 from dither.solvers.binary import BinarySettings, round_binary
 from dither.solvers.columns import round_by_columns
-from dither.solvers.spqr import round_with_outliers
+from dither.solvers.spqr import above_threshold, largest_share, round_with_outliers
 from dither.statistics.gradients import GradientGram
 from dither.statistics.sensitivity import Sensitivity
 from dither.walk import Block, Inputs
@@ -61,7 +62,12 @@ class OAC(Method):
     solver: Literal["spqr", "gptq", "billm"] = Field(default="spqr", description="what rounds by the Hessian")
     act_order: bool = True
     damping: Annotated[float, Field(gt=0, le=10)] = 0.1
-    threshold: Annotated[float, Field(gt=0)] = Field(default=0.2, description="of SpQR's outliers")
+    outliers: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0004, description="share of weights SpQR keeps apart"
+    )
+    threshold: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="of SpQR's outliers, instead of a share; what suits 4 bits keeps far too many at 2"
+    )
     leave_one_out: bool = Field(default=True, description="SpQR's likely outliers stay out of their group's range")
 
     @model_validator(mode="after")
@@ -107,8 +113,9 @@ class OAC(Method):
         if spec.kind == "nuq":
             return round_binary(weight, hessian, spec, self.damping, self.act_order, BinarySettings())
         if self.solver == "spqr":
+            cutoff = largest_share(self.outliers) if self.threshold is None else above_threshold(self.threshold)
             stored, notes = round_with_outliers(
-                weight, hessian, spec, self.damping, self.act_order, self.threshold, self.leave_one_out
+                weight, hessian, spec, self.damping, self.act_order, cutoff, self.leave_one_out
             )
             return stored, dict(notes)
         grid = fit_grid(weight.float(), spec)

@@ -22,7 +22,7 @@ from dither.formats.fit import fit_grid
 from dither.formats.qtensor import quantize
 from dither.formats.spec import QuantSpec, spec_field
 from dither.methods.base import Method
-from dither.solvers.spqr import round_with_outliers
+from dither.solvers.spqr import above_threshold, round_with_outliers
 from dither.walk import Block, Inputs
 
 BASE = QuantSpec.parse("int4:channel:asym:tight:realzero")  # SpQR's range convention for whatever a text leaves out
@@ -65,7 +65,8 @@ class SpQR(Method):
             stored = quantize(task.weight, fit_grid(task.weight, spec))
             return LayerSolution(stored, task.bias, {"rounding": "nearest: grouped convolution"})
         hessian = task.gram.quantized[: task.columns, : task.columns]
+        cutoff = above_threshold(self.threshold)
         stored, notes = round_with_outliers(
-            task.weight.to(hessian), hessian, spec, self.damping, self.act_order, self.threshold, self.leave_one_out
+            task.weight.to(hessian), hessian, spec, self.damping, self.act_order, cutoff, self.leave_one_out
         )
         return LayerSolution(stored, task.bias, dict(notes))

@@ -6,6 +6,7 @@ Departs from the released code: an outlier's code is the nearest one instead of 
 is small; scales of scales are stored as step and offset (formats/second_level.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,33 @@ from dither.formats.spec import QuantSpec
 from dither.solvers.columns import Ordered, sweep
 from dither.solvers.outliers import filled_with_mean, leave_one_out_gains
 from dither.solvers.rounders import OnTheWay, Rounder, fit_group, on_grid
+
+Cutoff = Callable[[Ordered, QuantSpec], float]  # the squared error over U_jj² from which on a weight is an outlier
+
+
+def above_threshold(threshold: float) -> Cutoff:
+    """As published: an outlier's error exceeds this share of the mean of var(column j) / U_jj²."""
+
+    def limit(ordered: Ordered, _spec: QuantSpec) -> float:
+        return float(threshold * (_variance(ordered.weight) * _sensitivity(ordered)).mean())
+
+    return limit
+
+
+def largest_share(share: float) -> Cutoff:
+    """An outlier's error is among this share of the largest that rounding to nearest makes; 0 leaves none.
+
+    Compensation enlarges errors, so that some more weights are kept than asked for, up to several times as many.
+    [choice] At 2 bits errors are a large part of the weights' variance, so that no threshold suits several widths.
+    """
+
+    def limit(ordered: Ordered, spec: QuantSpec) -> float:
+        nearest = quantize(ordered.weight.float(), fit_grid(ordered.weight.float(), spec)).dequantize()
+        errors = ((ordered.weight - nearest).square() * _sensitivity(ordered)).flatten()
+        kept = min(round(share * len(errors)), len(errors) - 1)
+        return float(errors.kthvalue(len(errors) - kept).values) if kept else torch.inf
+
+    return limit
 
 
 @dataclass(frozen=True)
@@ -56,14 +84,13 @@ def round_with_outliers(
     spec: QuantSpec,
     damping: float,
     act_order: bool,
-    threshold: float,
+    cutoff: Cutoff,
     leave_one_out: bool,
 ) -> tuple[QTensor, dict[str, float]]:
     """Codes and outliers of a weight, and notes with the share of outliers.
 
-    `threshold` is relative: an error counts as an outlier's when its square over U_jj² exceeds that share of the mean
-    of var(column j) / U_jj². `leave_one_out` keeps likely outliers out of the range of their group. Tensor-wide
-    grids, groups along the outputs, dual grids and codebooks are fitted once, to the given weight.
+    `cutoff` says from where on an error is an outlier's. `leave_one_out` keeps likely outliers out of the range of
+    their group. Tensor-wide grids, groups along the outputs, dual grids and codebooks are fitted once, to the weight.
 
     Raises:
         NumericalError: the damped Hessian is not positive definite at any step of the ladder.
@@ -71,10 +98,9 @@ def round_with_outliers(
     """
     columns = weight.shape[1]
     ordered = Ordered.of(weight, hessian, columns, damping, act_order)
-    sensitivity = ordered.upper.diagonal().square().reciprocal()
-    limit = float(threshold * (_variance(ordered.weight) * sensitivity).mean())
+    limit = cutoff(ordered, spec)
     if _groups_inputs(spec):
-        by_column = ordered.restored(sensitivity[None])[0]
+        by_column = ordered.restored(_sensitivity(ordered)[None])[0]
         fitted = OnTheWay.of(spec, ordered.order, _Fit(spec, by_column, limit if leave_one_out else None))
         found, mask = _decide(ordered, fitted, limit)
         grid = fitted.grid(spec)
@@ -119,6 +145,11 @@ def _groups_inputs(spec: QuantSpec) -> bool:
     """Whether every row of a group of columns has a cell of its own, on a uniform grid."""
     along = spec.granularity == "channel" or (spec.granularity == "group" and spec.group_along == "inputs")
     return along and not spec.dual and not spec.is_codebook
+
+
+def _sensitivity(ordered: Ordered) -> Float[Tensor, " k"]:
+    """1 / U_jj² of each column, in the order of the sweep."""
+    return ordered.upper.diagonal().square().reciprocal()
 
 
 def _variance(weight: Float[Tensor, "o i"]) -> Float[Tensor, " i"]:
