@@ -23,6 +23,7 @@ from torch import nn
 
 from dither.allocating import budgets
 from dither.allocation.allocation import Allocation
+from dither.allocation.beam import UNTOUCHED
 from dither.allocation.classes import budgets_by_error, promote_by_group, scan_splits
 from dither.allocation.knapsack import knapsack
 from dither.allocation.problem import Problem, Solution
@@ -38,7 +39,6 @@ from dither.sensitivity import measure
 WAYS = ("mixdq", "vidit")
 REST = "kl"
 RATIOS = tuple(round(0.46 + 0.1 * step, 2) for step in range(10))  # of mean bits: MixDQ's scan for weights
-UNTOUCHED = -1  # instead of an option: a unit that stays as it is
 _Choice = tuple[int, ...]
 
 
@@ -56,13 +56,14 @@ class Judge:
         """No scores; the divergences are among the facts."""
         probe.solve()
         names = {f"choice {'.'.join(map(str, choice))}": choice for choice in self.choices}
-        judge = partial(_divergence, probe, fit_inputs(probe), Damage(probe, self.name))
+        judge = partial(divergence, probe, fit_inputs(probe), Damage(probe, self.name))
         found = list(probe.each("choices", judge, names))
         return Measured(np.where(probe.able, 0.0, np.inf), facts={"kl": found})
 
 
 @torch.no_grad()
-def _divergence(probe: Probe, quantizers: Quantizers, damage: Damage, choice: _Choice) -> float:
+def divergence(probe: Probe, quantizers: Quantizers, damage: Damage, choice: _Choice) -> float:
+    """How far the predictions move when each unit is as its option of a choice."""
     with chosen(probe, quantizers, choice):
         return damage()[0]
 

@@ -131,3 +131,11 @@ def test_classes_of_layers_have_measures_and_budgets_of_their_own(
     assert "--class" in run(*common, "--by", "mixdq").err
     assert "--class" in run(*common, "--by", "kl", "--class", "*mlp*").err
     assert "nothing else" in run(*common, "--by", "mixdq", "--class", "*mlp*", "--solver", "dp").err
+
+
+def test_a_beam_search_is_typed_like_any_allocator(run: Run, tiny_model: Path, calibration: Path) -> None:
+    common = ("allocate", tiny_model, "--calibration", calibration, *FORMATS)
+    done = run(*common, "--size", "20kB", "--by", "dp-beam+every=2+by=error", "--json")
+    assert done.code == 0, done.err
+    assert done.data["solver"] == "dp-beam" and done.data["size_bytes"] <= 20000
+    assert "nothing else" in run(*common, "--accuracy", 0.9, "--by", "dp-beam").err

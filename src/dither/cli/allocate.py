@@ -1,6 +1,7 @@
 """`dither allocate`: which bits where, within a budget, as a file that `dither quantize` reads."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +65,7 @@ LatencyFile = Annotated[
 By = Annotated[
     str,
     typer.Option(metavar="NAME", help="What is measured; settings follow, as in hawq-v2+probes=20. mixdq and vidit "
-                 "measure each --class by itself."),
+                 "measure each --class by itself, dp-beam also measures choices as a whole."),
 ]  # fmt: skip
 Class = Annotated[
     list[str] | None,
@@ -166,8 +167,8 @@ def allocate(
             how["progress"] = progress
             if accuracy is not None:
                 table, found = _to_accuracy(model, calibration, accuracy, by, how)
-            elif apart:
-                table, found = _by_classes(model, calibration, by, apart, wanted, most, how)
+            elif apart or by.partition("+")[0] == "dp-beam":
+                table, found = _searched(model, calibration, by, apart, wanted, most, how)
             else:
                 budget: dict[str, Any] = {"size": most, "limits": limits, "by": by, "solver": solver}
                 table, found = _within(model, calibration, wanted, budget, how)
@@ -192,7 +193,7 @@ def _classes(by: str, texts: list[str], *, asked: bool) -> dict[str, str]:
 
     if (by in WAYS) != bool(texts):
         raise typer.BadParameter("goes with --by mixdq or vidit, and these need it", param_hint="--class")
-    if texts and asked:
+    if (texts or by.partition("+")[0] == "dp-beam") and asked:
         raise typer.BadParameter("takes --bits or --size and nothing else", param_hint=f"--by {by}")
     parts = [text.rpartition("=") if "=" in text else (text, "", REST) for text in texts]
     return {patterns.strip(): measure.strip() for patterns, _, measure in parts}
@@ -209,14 +210,16 @@ def _within(
     return table, [allocating.allocate(table, bits=one, **budget) for one in wanted]
 
 
-def _by_classes(
+def _searched(
     model: str, calibration: str, by: str, classes: dict[str, str], wanted: list[float | None], most: float | None,
     how: dict[str, Any],
 ) -> tuple[Any, list[Any]]:  # fmt: skip
-    """The table and an allocation for each number of bits."""
+    """The table and an allocation for each number of bits, found by evaluating choices."""
+    from dither.beam_search import allocate_by_beam
     from dither.by_classes import allocate_by_classes
 
-    found = [allocate_by_classes(model, calibration, by, classes, bits=bits, size=most, **how) for bits in wanted]
+    way = partial(allocate_by_classes, way=by, classes=classes) if classes else partial(allocate_by_beam, text=by)
+    found = [way(model, calibration, bits=bits, size=most, **how) for bits in wanted]
     return found[-1][0], [allocation for _, allocation in found]
 
 
