@@ -225,7 +225,8 @@ def main() -> None:
     found = merge(given.merge) if given.merge else collect(given)
     given.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     given.out.with_suffix(".md").write_text(report(found))
-    given.out.with_suffix(".svg").write_text(plot(found) + "\n")
+    if found["runs"]:
+        given.out.with_suffix(".svg").write_text(plot(found) + "\n")
     print(report(found))
 
 

@@ -72,6 +72,8 @@ def _costs(found: dict[str, Any]) -> list[str]:
     for one in found["runs"]:
         if one.get("measure_s") is not None:
             seen.setdefault((one["allocator"], one["model"]), []).append(one["measure_s"])
+    if not seen:
+        return []
     models = list(found["facts"])
     lines = ["", "## Seconds to measure", "", f"| allocator | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
     for name in dict.fromkeys(name for name, _ in seen):
