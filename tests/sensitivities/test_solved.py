@@ -16,6 +16,7 @@ from dither.errors import InputError
 from dither.methods import METHODS
 from dither.methods.base import WEIGHTS
 from dither.recipe import build_method
+from dither.sensitivities import outputs
 from dither.sensitivities.base import Measured, Probe
 from dither.sensitivities.kl import KL
 from dither.sensitivities.solved import Solved
@@ -154,3 +155,25 @@ def test_codes_that_are_not_there_are_missed_by_name(tmp_path: Path) -> None:
     solved = Solved(build_method("gptq", {}), tmp_path)
     with pytest.raises(InputError, match=r"holds no codes of blocks\.0\.fc1"):
         solved.read("blocks.0.fc1", 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("name", ["fisher", "quadratic"])
+def test_codes_for_which_there_is_no_room_are_made_or_read_again(
+    name: str, method: str, odd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = odd(depth=1)
+    batches = [network.batch(4, seed=1), network.batch(4, seed=2)]
+    whole = measure(network.model, name, batches, options=FORMATS, method=method)
+    asked: list[str] = []
+    codes = Probe.codes
+
+    def counted(self: Probe, layer: str, place: int) -> Any:
+        asked.append(layer)
+        return codes(self, layer, place)
+
+    monkeypatch.setattr(Probe, "codes", counted)
+    monkeypatch.setattr(outputs, "HELD", 400)
+    little = measure(network.model, name, batches, options=FORMATS, method=method)
+    np.testing.assert_array_equal(whole.scores, little.scores)
+    assert len(asked) > len(set(asked)) * 2

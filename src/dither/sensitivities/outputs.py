@@ -1,6 +1,7 @@
 """The error that each option makes in each layer's output, beside the gradient there: one backward pass for all."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,38 @@ from dither.sensitivities.base import Measured, Probe
 from dither.sensitivities.swap import Quantizers, quantizer_of
 
 Rows = dict[str, list[float]]  # layer → a number for each option
-Codes = dict[tuple[str, int], QTensor]
 Reduce = Callable[[Tensor, Tensor], Tensor]  # (gradient, error), both of an output's shape → one number
+HELD = 2**33  # bytes of codes in memory
+
+
+@dataclass
+class Codes:
+    """Every layer's codes as every option, a byte a weight; beyond `HELD` bytes they are made or read again."""
+
+    probe: Probe
+    held: dict[tuple[str, int], QTensor | None] = field(default_factory=dict)
+
+    def __call__(self, name: str, place: int) -> QTensor | None:
+        """None where the option leaves the weight as it is, or the layer cannot have it."""
+        key = (name, place)
+        if key in self.held:
+            return self.held[key]
+        return self.probe.codes(name, place)
 
 
 def stored_codes(probe: Probe) -> Codes:
-    """Every layer's codes as every option, a byte a weight; dequantized whenever they are needed."""
+    """The codes of all layers and options, as many of them held as there is room for."""
     probe.solve()
-    found = {}
+    found, nbytes = Codes(probe), 0
     for number, unit in enumerate(probe.units):
+        able = probe.can(number)
         for name in unit.layers:
-            for place in probe.can(number):
-                if probe.options[place].weights is not None:
-                    found[name, place] = probe.codes(name, place)
+            for place, option in enumerate(probe.options):
+                if option.weights is None or place not in able:
+                    found.held[name, place] = None
+                elif nbytes + probe.layer(name).weight.numel() <= HELD:
+                    found.held[name, place] = probe.codes(name, place)
+                    nbytes += probe.layer(name).weight.numel()
         probe.say("rounding", number + 1, len(probe.units))
     return found
 
@@ -49,7 +69,7 @@ def weighed_errors(
                 raise NonFiniteError(f"the gradient of the output of {name} holds NaN or Inf")
             y = _output(probe, name, x, None)
             for place, option in enumerate(probe.options):
-                codes, inputs = stored.get((name, place)), quantizer_of(quantizers, name, option.activations)
+                codes, inputs = stored(name, place), quantizer_of(quantizers, name, option.activations)
                 if codes is None and inputs is None:
                     continue
                 error = _output(probe, name, x if inputs is None else inputs(x), codes) - y
