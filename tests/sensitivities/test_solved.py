@@ -177,3 +177,14 @@ def test_codes_for_which_there_is_no_room_are_made_or_read_again(
     little = measure(network.model, name, batches, options=FORMATS, method=method)
     np.testing.assert_array_equal(whole.scores, little.scores)
     assert len(asked) > len(set(asked)) * 2
+
+
+def test_a_streamed_model_has_the_errors_of_one_in_memory(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    network = tiny("LlamaForCausalLM")
+    network.model.save_pretrained(tmp_path / "llama")
+    batches = [network.batch(2)]
+    how: dict[str, Any] = {"options": ["int2:channel", "int4:channel"], "method": "gptq"}
+    whole, streamed = (measure(tmp_path / "llama", "error", batches, stream=s, **how) for s in (False, True))
+    np.testing.assert_array_equal(whole.scores, streamed.scores)
+    with pytest.raises(InputError, match="kl"):
+        measure(tmp_path / "llama", "kl", batches, stream=True, **how)
