@@ -15,19 +15,20 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dither.allocation.allocation import Allocation
 from dither.allocation.bisection import Choice, bisect, greedy
 from dither.allocation.problem import Problem, Solution
 from dither.allocation.table import SIZE, Option, ScoreTable
 from dither.errors import InputError
-from dither.formats.qtensor import QTensor
 from dither.models.gradients import NOT_RESIDENT
 from dither.models.losses import class_rows
 from dither.sensitivities import parse_sensitivity
 from dither.sensitivities.base import Measured, Probe
-from dither.sensitivities.swap import fit_inputs, quantizer_of, replaced
+from dither.sensitivities.choice import chosen
+from dither.sensitivities.outputs import stored_codes
+from dither.sensitivities.swap import fit_inputs
 from dither.sensitivity import measure
 
 OPTIONS = ("none", "int8", "int4")  # the papers' 16, 8 and 4 bits
@@ -76,9 +77,8 @@ class _Agreement:
     """The share of rows whose most likely class is that of the full-precision model, for a choice of options."""
 
     def __init__(self, probe: Probe) -> None:
-        self.probe, self.known, self.stored = probe, dict[Choice, float](), dict[tuple[str, int], QTensor]()
-        probe.solve()
-        self.quantizers = fit_inputs(probe)
+        self.probe, self.known = probe, dict[Choice, float]()
+        self.stored, self.quantizers = stored_codes(probe), fit_inputs(probe)
         with torch.no_grad():
             self.wanted = [class_rows(probe.network.run(batch)).argmax(dim=1) for batch in probe.batches]
 
@@ -91,25 +91,12 @@ class _Agreement:
 
     @torch.no_grad()
     def _measure(self, choice: Choice) -> float:
-        probe, weights, inputs = self.probe, dict[str, Tensor](), dict[str, Any]()
-        for unit, place in zip(probe.units, choice, strict=True):
-            option = probe.options[place]
-            for name in unit.layers if option != Option(None) else ():
-                weights[name] = self._weight(name, place)
-                inputs[name] = quantizer_of(self.quantizers, name, option.activations)
-        same, total = 0, 0
-        with replaced(probe, weights, inputs):
+        probe, same, total = self.probe, 0, 0
+        with chosen(probe, self.stored, self.quantizers, choice):
             for batch, wanted in zip(probe.batches, self.wanted, strict=True):
                 same += int((class_rows(probe.network.run(batch)).argmax(dim=1) == wanted).sum())
                 total += len(wanted)
         return same / total
-
-    def _weight(self, name: str, place: int) -> Tensor:
-        if self.probe.options[place].weights is None:
-            return self.probe.weight(name)
-        if (name, place) not in self.stored:
-            self.stored[name, place] = self.probe.codes(name, place)
-        return self.stored[name, place].dequantize()
 
 
 def allocate_to_accuracy(

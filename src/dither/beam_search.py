@@ -25,6 +25,7 @@ from dither.recipe import read_setting
 from dither.sensitivities import parse_sensitivity
 from dither.sensitivities.base import Measured, Probe
 from dither.sensitivities.blocks import Damage
+from dither.sensitivities.outputs import stored_codes
 from dither.sensitivities.swap import fit_inputs
 from dither.sensitivities.units import Traced, fixed_parts, unit_costs
 from dither.sensitivity import measure
@@ -65,8 +66,7 @@ class BeamSearch:
 
     @torch.no_grad()
     def _search(self, probe: Probe, problem: Problem) -> dict[str, Any]:
-        probe.solve()
-        judge = partial(divergence, probe, fit_inputs(probe), Damage(probe, NAME))
+        judge = partial(divergence, probe, stored_codes(probe), fit_inputs(probe), Damage(probe, NAME))
         count = 0
 
         def judged(choices: Any) -> list[float]:

@@ -33,7 +33,9 @@ from dither.errors import InputError
 from dither.models.selection import matching
 from dither.sensitivities.base import Measured, Probe
 from dither.sensitivities.blocks import Damage
-from dither.sensitivities.swap import Quantizers, chosen, fit_inputs
+from dither.sensitivities.choice import chosen
+from dither.sensitivities.outputs import Codes, stored_codes
+from dither.sensitivities.swap import Quantizers, fit_inputs
 from dither.sensitivity import measure
 
 WAYS = ("mixdq", "vidit")
@@ -54,17 +56,16 @@ class Judge:
     @torch.no_grad()
     def measure(self, probe: Probe) -> Measured:
         """No scores; the divergences are among the facts."""
-        probe.solve()
         names = {f"choice {'.'.join(map(str, choice))}": choice for choice in self.choices}
-        judge = partial(divergence, probe, fit_inputs(probe), Damage(probe, self.name))
+        judge = partial(divergence, probe, stored_codes(probe), fit_inputs(probe), Damage(probe, self.name))
         found = list(probe.each("choices", judge, names))
         return Measured(np.where(probe.able, 0.0, np.inf), facts={"kl": found})
 
 
 @torch.no_grad()
-def divergence(probe: Probe, quantizers: Quantizers, damage: Damage, choice: _Choice) -> float:
+def divergence(probe: Probe, stored: Codes, quantizers: Quantizers, damage: Damage, choice: _Choice) -> float:
     """How far the predictions move when each unit is as its option of a choice."""
-    with chosen(probe, quantizers, choice):
+    with chosen(probe, stored, quantizers, choice):
         return damage()[0]
 
 

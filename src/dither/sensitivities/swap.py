@@ -1,6 +1,6 @@
 """Layers that compute as if they were stored as an option, for as long as a block of code lasts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -47,18 +47,6 @@ def replaced(
         for name, weight in weights.items():
             stack.enter_context(replaced_weight(probe.layer(name), weight))
             stack.enter_context(input_quantized(probe.layer(name), quantizers.get(name)))
-        yield
-
-
-@contextmanager
-def chosen(probe: Probe, quantizers: Quantizers, choice: Sequence[int]) -> Iterator[None]:
-    """While open, each unit computes as its option of a choice; a negative one leaves it as it is."""
-    weights, inputs = dict[str, Tensor](), dict[str, ActivationQuantizer | None]()
-    for unit, place in zip(probe.units, choice, strict=True):
-        for name in unit.layers if place >= 0 else ():
-            weights[name] = probe.stored(name, place)
-            inputs[name] = quantizer_of(quantizers, name, probe.options[place].activations)
-    with replaced(probe, weights, inputs):
         yield
 
 
