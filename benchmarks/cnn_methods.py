@@ -5,7 +5,8 @@
 Four tables: every method at several bits (methods that draw calibration pictures over several draws, those without data
 over as many seeds of their noise); folded batch normalizations against those left alone; ZeroQ's front against the
 same bits everywhere at equal size; pruning. A folder of a timm model works too (EfficientNet-Lite0), with pictures of
-its own: call the script once for each set of pictures, with one --out. Runs that are there are skipped.
+its own: call the script once for each set of pictures, with one --out. Runs that are there are skipped. `--workers`
+runs several at a time with a thread each; `--merge` puts results that were made apart into one table.
 
 Writes docs/results/cnn_methods.json (every run) and .md (mean ± standard deviation over the draws).
 """
@@ -13,7 +14,6 @@ Writes docs/results/cnn_methods.json (every run) and .md (mean ± standard devia
 import argparse
 import json
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cnn_report import table
+from torch import multiprocessing
 
 import dither
 from dither.data import open_images
@@ -54,10 +56,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--parts", nargs="+", default=["methods", "folding", "front", "pruning"])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="for draws that are run apart and merged")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--steps", type=int, default=500, help="of distillation")
     parser.add_argument("--count", type=int, default=None, help="evaluation pictures; all by default")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time, with one thread each")
     parser.add_argument("--timm", help="folder that timm and torchvision are installed in, for models of timm")
     parser.add_argument("--quick", action="store_true", help="one seed, 200 pictures, W4A8, 8 pictures of 40 steps")
     parser.add_argument("--out", type=Path, default=Path("docs/results/cnn_methods"))
@@ -74,7 +78,7 @@ Job = dict[str, Any]
 
 def jobs(given: argparse.Namespace) -> Iterator[Job]:
     """Everything to run for one model, the cheapest first; a job is the key of its run."""
-    for seed in range(given.seeds):
+    for seed in range(given.first_seed, given.first_seed + given.seeds):
         if "pruning" in given.parts and seed == 0:  # nothing is drawn
             for share in SHARES:
                 for label, text in PRUNING.items():
@@ -202,147 +206,101 @@ def key_of(run: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(run.get(name) for name in KEY)
 
 
+Task = tuple[argparse.Namespace, str, tuple[Job, ...], dict[str, int]]  # jobs of one model that one worker has to do
+
+
+def tasks(given: argparse.Namespace, runs: list[dict[str, Any]]) -> Iterator[Task]:
+    """What is not among the runs; together what shares distilled pictures, or a size that the front has to meet."""
+    count = len(open_images(given.data)) if given.count is None else given.count
+    for folder in given.models:
+        asked = {"model": Path(folder).resolve().name, "samples": given.samples, "steps": given.steps, "count": count}
+        done = {key_of(run): run for run in runs}
+        groups: dict[tuple[Any, ...], list[Job]] = {}
+        sizes: dict[str, int] = {}
+        for job in jobs(given):
+            if run := done.get(key_of(job | asked)):
+                if job["part"] == "front" and job["method"] != "zeroq":
+                    sizes[f"{job['setting']} {job['seed']}"] = run["size_bytes"]
+                continue
+            shared: tuple[Any, ...] = (len(groups),)
+            if job["part"] == "front":
+                shared = ("front", job["setting"], job["seed"])
+            elif job.get("data") == "distilled":
+                shared = ("distilled", job["seed"])
+            groups.setdefault(shared, []).append(job)
+        for group in groups.values():
+            yield given, folder, tuple(group), sizes
+
+
+_benches: dict[str, Bench] = {}
+_operators: list[torch.library.Library] = []  # live as long as timm is needed
+
+
+def work(task: Task) -> list[dict[str, Any]]:
+    """In a worker: the runs of a task; a model is opened once."""
+    given, folder, group, sizes = task
+    if given.device != "cpu" or given.workers > 1:
+        torch.set_num_threads(1)
+    if given.timm is not None and not _operators:
+        _operators.append(find_timm(given.timm))
+    if folder not in _benches:
+        _benches[folder] = Bench(folder, given)
+    bench = _benches[folder]
+    bench.sizes |= sizes
+    name = torch.cuda.get_device_name() if given.device.startswith("cuda") else platform.processor() or "a CPU"
+    made = {"samples": given.samples, "steps": given.steps, "count": len(bench.pixels)}
+    made |= {"device": name, "threads": torch.get_num_threads()}
+    return [bench.run(job) | made for job in group]
+
+
 def collect(given: argparse.Namespace) -> dict[str, Any]:
-    """Runs of earlier calls and of this one, written after each."""
+    """Runs of earlier calls and of this one, written as they end."""
     path = given.out.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text()) if path.is_file() else {"facts": {}, "runs": []}
-    done = {key_of(run) for run in known["runs"]}
-    name = torch.cuda.get_device_name() if given.device.startswith("cuda") else platform.processor() or "a CPU"
-    for folder in given.models:
-        bench = Bench(folder, given)
-        asked = {"model": bench.network.name, "samples": given.samples, "steps": given.steps}
-        for job in jobs(given):
-            key = key_of({**job, **asked, "count": len(bench.pixels)})
-            if key in done and job["part"] != "front":
-                continue
-            if key in done:
-                bench.sizes |= {
-                    f"{run['setting']} {run['seed']}": run["size_bytes"]
-                    for run in known["runs"]
-                    if key_of(run) == key and run["method"] != "zeroq"
-                }
-                continue
-            found = {**bench.run(job), **asked, "count": len(bench.pixels), "device": name}
-            known["runs"].append(found)
+    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"facts": {}, "runs": []}
+    todo = list(tasks(given, known["runs"]))
+    left = sum(len(group) for _, _, group, _ in todo)
+    with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
+        for found in pool.imap_unordered(work, todo):
+            known["runs"] += found
             known["facts"] = {"torch": torch.__version__}
             path.write_text(json.dumps(known) + "\n")
-            print(
-                f"{found['model']} {job['part']} {job['setting']} {job['method']} {job['seed']}: "
-                f"{100 * found['top1']:.2f} % agreement {100 * found['agreement']:.2f} % {found['time_s']:.1f} s",
-                flush=True,
-            )
-    return dict(known)
+            left -= len(found)
+            for run in found:
+                print(
+                    f"{run['model']} {run['part']} {run['setting']} {run['method']} {run['seed']}: "
+                    f"{100 * run['top1']:.2f} % agreement {100 * run['agreement']:.2f} % {run['time_s']:.1f} s, "
+                    f"{left} left",
+                    flush=True,
+                )
+    return in_order(known)
 
 
 def merge(paths: list[Path]) -> dict[str, Any]:
     """Runs of several results, each once; the tables name the machines of all."""
     found = [json.loads(path.read_text()) for path in paths]
     runs = {key_of(run): run for one in found for run in one["runs"]}
-    order = {name: place for place, name in enumerate((*CALIBRATED, *WITHOUT_DATA, *DISTILLED, *PRUNING))}
-    ordered = sorted(runs.values(), key=lambda r: (r["model"], r["part"], order.get(r["method"], 0), r["seed"]))
-    return {"facts": found[0]["facts"], "runs": ordered}
+    versions = ", ".join(dict.fromkeys(one["facts"]["torch"] for one in found if one["facts"]))
+    return in_order({"facts": {"torch": versions}, "runs": list(runs.values())})
 
 
-def table(known: dict[str, Any]) -> str:
-    """Markdown: for each model what each part found."""
-    lines = ["# Methods on ConvNets", "", *_describe(known)]
-    for model in dict.fromkeys(run["model"] for run in known["runs"]):
-        mine = [run for run in known["runs"] if run["model"] == model]
-        lines += ["", f"## {model}: {len({run['seed'] for run in mine})} draws, full precision {_fp(mine)}"]
-        lines += _grid("Top-1 in percent", [run for run in mine if run["part"] in ("methods", "folding")])
-        lines += _front_table([run for run in mine if run["part"] == "front"])
-        lines += _grid(
-            "Pruned and rounded to 6 bits, no data: top-1 in percent by share of channels removed",
-            [run for run in mine if run["part"] == "pruning"],
-        )
-        lines += _pruned([run for run in mine if run["part"] == "pruning"])
-    return "\n".join(lines) + "\n"
+def in_order(known: dict[str, Any]) -> dict[str, Any]:
+    """By model, part, setting and method; a mean over other pictures or other distillation would mean nothing."""
+    made: dict[str, tuple[int, ...]] = {}
+    for run in known["runs"]:
+        one = run["count"], run["samples"], run["steps"]
+        if made.setdefault(run["model"], one) != one:
+            raise SystemExit(
+                f"runs of {run['model']} differ in pictures, samples or steps: {made[run['model']]} and {one}"
+            )
+    names = [*CALIBRATED, *WITHOUT_DATA, *DISTILLED, *PRUNING]
+    settings = [*SETTINGS, *(setting for setting in dict.fromkeys(r["setting"] for r in known["runs"]))]
 
+    def place(run: dict[str, Any]) -> tuple[Any, ...]:
+        method = names.index(run["method"]) if run["method"] in names else len(names)
+        return run["model"], run["part"], settings.index(run["setting"]), method, run["method"], run["seed"]
 
-def _fp(runs: list[dict[str, Any]]) -> str:
-    return f"{100 * runs[0]['fp_top1']:.2f} % of {runs[0]['count']} pictures"
-
-
-def _grid(title: str, runs: list[dict[str, Any]]) -> list[str]:
-    if not runs:
-        return []
-    settings = list(dict.fromkeys(run["setting"] for run in runs))
-    lines = ["", f"### {title}", "", "| method | " + " | ".join(map(_short, settings)) + " | seconds |"]
-    lines += ["|---" * (len(settings) + 2) + "|"]
-    for method in dict.fromkeys(run["method"] for run in runs):
-        rows = [run for run in runs if run["method"] == method]
-        cells = [_spread([100 * run["top1"] for run in rows if run["setting"] == setting]) for setting in settings]
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {_mean(rows, 'time_s'):.1f} |")
-    return lines
-
-
-def _front_table(runs: list[dict[str, Any]]) -> list[str]:
-    if not runs:
-        return []
-    lines = ["", "### ZeroQ's front against the same bits everywhere, activations in 8 bits, no data", ""]
-    head = [
-        "uniform bits",
-        "size, MB",
-        "uniform",
-        "ZeroQ at this size",
-        "its size, MB",
-        "seconds",
-        "of these distilling",
-    ]
-    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for setting in dict.fromkeys(run["setting"] for run in runs):
-        rows = [run for run in runs if run["setting"] == setting]
-        same = [run for run in rows if run["method"] != "zeroq"]
-        own = [run for run in rows if run["method"] == "zeroq"]
-        if not same or not own:
-            continue
-        lines.append(
-            f"| {setting.split('/')[0].removeprefix('int')} | {_mean(same, 'size_bytes') / 1e6:.3f} | "
-            f"{_spread([100 * run['top1'] for run in same])} | {_spread([100 * run['top1'] for run in own])} | "
-            f"{_mean(own, 'size_bytes') / 1e6:.3f} | {_mean(own, 'time_s'):.1f} | {_mean(own, 'distillation_s'):.1f} |"
-        )
-    return lines
-
-
-def _pruned(runs: list[dict[str, Any]]) -> list[str]:
-    rows = [run for run in runs if run["method"] == "udfc-corrected"]
-    if not rows:
-        return []
-    lines = ["", "| channels removed | size, MB | seconds to evaluate |", "|---|---|---|"]
-    return lines + [f"| {r['setting']} | {r['size_bytes'] / 1e6:.3f} | {r['forward_s']:.2f} |" for r in rows]
-
-
-def _mean(runs: list[dict[str, Any]], key: str) -> float:
-    values = [run[key] for run in runs if run[key] is not None]
-    return statistics.fmean(values) if values else float("nan")
-
-
-def _short(setting: str) -> str:
-    weights, slash, activations = setting.partition("/")
-    return f"W{weights.removeprefix('int')}A{activations.removeprefix('int')}" if slash else setting
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
-
-
-def _describe(known: dict[str, Any]) -> list[str]:
-    runs = known["runs"]
-    return [
-        f"Mean ± standard deviation over draws of {_of(runs, 'samples')} pictures: from data for rtn, gptq and erq; "
-        f"distilled in {_of(runs, 'steps')} steps from the model alone for zeroq and where the row says so. Batch "
-        "normalizations are folded unless the row says otherwise; the input of the first layer stays in full "
-        f"precision. Written by `benchmarks/cnn_methods.py` on {_of(runs, 'device')}, "
-        f"torch {known['facts'].get('torch')}; seconds are of the whole quantization."
-    ]
-
-
-def _of(runs: list[dict[str, Any]], key: str) -> str:
-    return " or ".join(str(value) for value in dict.fromkeys(run[key] for run in runs))
+    return {**known, "runs": sorted(known["runs"], key=place)}
 
 
 def find_timm(folder: str) -> torch.library.Library:
@@ -356,12 +314,10 @@ def find_timm(folder: str) -> torch.library.Library:
 
 def main() -> None:
     given = arguments()
-    operators = None if given.timm is None else find_timm(given.timm)  # lives as long as they are needed
     known = merge(given.merge) if given.merge else collect(given)
     given.out.with_suffix(".json").write_text(json.dumps(known) + "\n")
     given.out.with_suffix(".md").write_text(table(known))
     print(table(known))
-    del operators
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ puts runs that were made apart into one table; of two runs of the same model, me
 counts. `--add` does the same with what OUT.json holds already, so that methods, settings or draws can be added to it:
 
     python benchmarks/vit_methods.py --add --methods ptq4vit --settings int6/int6 --first-seed 5 --seeds 5 …
+
+Runs that OUT.json holds are skipped then. Runs of a call that was stopped are in OUT.unfinished.json; the next goes on.
 """
 
 import argparse
@@ -112,7 +114,8 @@ class Bench:
         start = time.perf_counter()
         result = quantize(self.network.model, method, self.calibration, count=self.given.samples, seed=seed)
         seconds = time.perf_counter() - start
-        found = self.evaluate(result.network)
+        start = time.perf_counter()
+        found = self.evaluate(result.network) | {"forward_s": time.perf_counter() - start}
         totals, layers = result.report.data["totals"], result.report.data["layers"]
         errors = [row["output_error"] for row in layers if row["output_error"] is not None]
         return {
@@ -157,26 +160,32 @@ def _job(job: tuple[argparse.Namespace, str, str, str, int]) -> dict[str, Any]:
     return _bench[model].run(label, setting, seed)
 
 
-def collect(given: argparse.Namespace) -> list[dict[str, Any]]:
-    labels = [label for label, _ in _labelled(given.methods)]
+def key_of(run: dict[str, Any]) -> tuple[Any, ...]:
+    return run["model"], run["method"], run["setting"], run["seed"]
+
+
+def collect(given: argparse.Namespace, facts: dict[str, Any], done: set[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Runs that are not done, the first draw of all before the second of any; kept as they end."""
     jobs = [
         (given, model, label, setting, seed)
         for seed in range(given.first_seed, given.first_seed + given.seeds)
         for model in given.models
         for setting in given.settings
-        for label in labels
+        for label, _ in _labelled(given.methods)
+        if (Path(model).resolve().name, label, setting, seed) not in done
     ]
     runs: list[dict[str, Any]] = []
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = given.out.with_suffix(".unfinished.json")
+    before = json.loads(unfinished.read_text())["runs"] if unfinished.is_file() else []
     with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
         for run in pool.imap_unordered(_job, jobs):
             runs.append(run)
-            unfinished = given.out.with_suffix(".unfinished.json")
-            unfinished.write_text(json.dumps({"runs": runs}) + "\n")  # a killed run keeps these
+            unfinished.write_text(json.dumps({"runs": before + runs, "facts": facts}) + "\n")
             print(
-                f"{len(runs)}/{len(jobs)} {run['model']} {run['setting']} {run['method']} {run['top1']:.4f}", flush=True
+                f"{len(runs)}/{len(jobs)} {run['model']} {run['setting']} {run['method']} {run['top1']:.4f} "
+                f"{run['time_s']:.1f} s + {run['forward_s']:.1f} s",
+                flush=True,
             )
-    unfinished.unlink()
     return runs
 
 
@@ -248,15 +257,14 @@ def merge(found: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, 
     machines = {
         key: ", ".join(dict.fromkeys(str(one["facts"][key]) for one in found)) for key in ("device", "torch", "workers")
     }
-    runs = {(r["model"], r["method"], r["setting"], r["seed"]): r for one in found for r in one["runs"]}
+    runs = {key_of(run): run for one in found for run in one["runs"]}
     return in_order(list(runs.values())), {**same[0], **machines, "methods": methods}
 
 
-def measure(given: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    runs = collect(given)
+def facts_of(given: argparse.Namespace) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if given.device.startswith("cuda") else platform.processor() or "a CPU"
-    facts = {
-        "count": runs[0]["count"],
+    return {
+        "count": len(open_images(given.data)) if given.count is None else given.count,
         "samples": given.samples,
         "rules": given.rules,
         "device": name,
@@ -264,22 +272,30 @@ def measure(given: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
         "workers": given.workers,
         "methods": dict(_labelled(given.methods)),
     }
-    return runs, facts
+
+
+def measure(given: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Runs of this call, of one that was stopped, and with --add those of the result."""
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    stored, unfinished = (given.out.with_suffix(end) for end in (".json", ".unfinished.json"))
+    before = [path for path in ([stored] if given.add else []) + [unfinished] if path.is_file()]
+    facts = facts_of(given)
+    found = [json.loads(path.read_text()) for path in before] + [{"runs": [], "facts": facts}]
+    done = {key_of(run) for run in merge(found)[0]}
+    found[-1]["runs"] = collect(given, facts, done)
+    return merge(found)
 
 
 def main() -> None:
     given = arguments()
-    stored = given.out.with_suffix(".json")
-    found = [
-        json.loads(path.read_text()) for path in given.merge or ([stored] if given.add and stored.is_file() else [])
-    ]
-    if not given.merge:
+    if given.merge:
+        runs, facts = merge([json.loads(path.read_text()) for path in given.merge])
+    else:
         runs, facts = measure(given)
-        found.append({"runs": runs, "facts": facts})
-    runs, facts = merge(found)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "runs": runs}) + "\n")
     given.out.with_suffix(".md").write_text(table(runs, facts))
+    given.out.with_suffix(".unfinished.json").unlink(missing_ok=True)
     print(table(runs, facts))
 
 
