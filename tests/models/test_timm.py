@@ -91,7 +91,7 @@ def test_a_timm_model_is_covered_quantized_and_loaded_again(found: dict[str, Any
     assert one["uncovered"] == []
     assert one["reloaded"]
     assert one["error"] < 0.3  # random weights and 8 bits; measured: 0.01 to 0.15
-    assert all("overrides the forward pass" in reason for reason in one["kept"].values())
+    assert one["kept"] == {}  # Conv2dSame too
 
 
 @pytest.mark.slow

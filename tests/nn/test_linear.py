@@ -1,7 +1,9 @@
 """Quantized layers compute what the dense layer does with the dequantized weight, bit for bit."""
 
 import copy
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from dither.formats.low_rank import LowRank
 from dither.formats.qtensor import QTensor, quantize
 from dither.formats.sparse import Sparse
 from dither.formats.spec import QuantSpec
+from dither.models.layers import is_layer, rows_alike
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.linear import ConvGeometry, PackedWeight, QuantizedConv2d, QuantizedLinear, cache_weights
 
@@ -108,6 +111,41 @@ def test_patches_times_kernel_rows_are_the_convolution(options: dict[str, Any]) 
     assert conv.bias is not None
     found = ConvGeometry(conv).rows(x) @ conv.weight.flatten(1).T + conv.bias
     torch.testing.assert_close(found.transpose(1, 2), conv(x).flatten(2), rtol=1e-10, atol=1e-10)
+
+
+class Same(nn.Conv2d):
+    """Pads as TensorFlow's SAME does: ceil(size / stride) outputs, the odd zero behind."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        height, width = input.shape[2:]
+        padded = input
+        for outputs, position, size in ((-(-width // 2), 0, width), (-(-height // 2), 2, height)):
+            zeros = max((outputs - 1) * 2 + 3 - size, 0)
+            edges = [0, 0, 0, 0]
+            edges[position], edges[position + 1] = zeros // 2, zeros - zeros // 2
+            padded = functional.pad(padded, edges)
+        return functional.conv2d(padded, self.weight, self.bias, 2, groups=self.groups)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("size", [(8, 8), (9, 8), (8, 11), (7, 5)])
+def test_timms_convolution_pads_by_the_size_of_each_picture(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], groups: int
+) -> None:
+    conv = Same(4, 8, 3, stride=2, groups=groups).requires_grad_(False)
+    assert not is_layer(conv)
+    monkeypatch.setitem(sys.modules, "timm.layers.conv2d_same", SimpleNamespace(Conv2dSame=Same))
+    assert is_layer(conv)
+    x, weight = drawn(2, 4, *size, seed=2), stored(conv.weight)
+    conv.weight.copy_(weight.dequantize().reshape(conv.weight.shape))
+    geometry = ConvGeometry(conv)
+    found = QuantizedConv2d(PackedWeight.of(weight), conv.bias, None, torch.float32, geometry)(x)
+    assert torch.equal(found, conv(x))
+    if groups == 1:
+        assert conv.bias is not None
+        rows = geometry.rows(x) @ conv.weight.flatten(1).T + conv.bias
+        torch.testing.assert_close(rows.transpose(1, 2), conv(x).flatten(2), rtol=1e-5, atol=1e-5)
+    assert not rows_alike(conv, nn.Conv2d(4, 8, 3, stride=2, groups=groups))
 
 
 @pytest.mark.parametrize("text", ["int8:token", "int4:channel:asym"])

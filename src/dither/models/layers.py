@@ -1,6 +1,6 @@
 """The layers that dither quantizes, each seen as a matrix [o, i] that multiplies rows of inputs.
 
-Linear and Conv2d of torch, and transformers' Conv1D (of GPT-2), a Linear whose weight is stored as [i, o].
+Linear and Conv2d of torch, timm's Conv2dSame, and transformers' Conv1D (of GPT-2), a Linear whose weight is [i, o].
 """
 
 import sys
@@ -15,7 +15,7 @@ from dither.errors import NonFiniteError
 from dither.formats.qtensor import QTensor
 from dither.nn.activation import ActivationQuantizer
 from dither.nn.experts import ExpertLinear
-from dither.nn.linear import ConvGeometry, PackedWeight, QuantizedConv2d, QuantizedLinear
+from dither.nn.linear import ConvGeometry, PackedWeight, QuantizedConv2d, QuantizedLinear, pads_same
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
@@ -30,7 +30,7 @@ _FORWARDS = (nn.Linear.forward, nn.Conv2d.forward)
 
 def is_layer(module: nn.Module) -> TypeGuard[Layer]:
     """Whether dither can store this module's weight as codes: a layer that computes as its base class does."""
-    if is_conv1d(module):
+    if is_conv1d(module) or pads_same(module):
         return True
     return isinstance(module, nn.Linear | nn.Conv2d) and type(module).forward in _FORWARDS
 
@@ -114,7 +114,8 @@ def rows_alike(one: Layer, two: Layer) -> bool:
     if is_routed(one) or is_routed(two):
         return False
     if isinstance(one, nn.Conv2d) and isinstance(two, nn.Conv2d):
-        return all(getattr(one, key) == getattr(two, key) for key in _PATCHES)
+        alike = all(getattr(one, key) == getattr(two, key) for key in _PATCHES)
+        return alike and pads_same(one) == pads_same(two)
     return is_linear(one) and is_linear(two)
 
 

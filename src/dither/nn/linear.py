@@ -1,5 +1,6 @@
 """Layers that hold their weight as packed codes."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -175,19 +176,35 @@ class ConvGeometry:
         self.groups, self.mode, self.padding = conv.groups, conv.padding_mode, conv.padding
         # torch keeps (left, right, top, bottom) of 'same' and of non-zero padding in this private field
         self.edges: list[int] = list(conv._reversed_padding_repeated_twice)
+        self.pads_same = pads_same(conv)
 
     def pad(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c y x"], tuple[int, int]]:
         """x padded where conv2d cannot do it itself, and the padding that is left to conv2d."""
+        if self.pads_same:
+            return functional.pad(x, [*self._same(x, 1), *self._same(x, 0)]), (0, 0)
         left, right, top, bottom = self.edges
         if self.mode == "zeros" and left == right and top == bottom:
             return x, (top, left)
         return functional.pad(x, self.edges, mode="constant" if self.mode == "zeros" else self.mode), (0, 0)
+
+    def _same(self, x: Float[Tensor, "b c h w"], axis: int) -> tuple[int, int]:
+        """Zeros before and behind a picture's axis (0: height), so that there is an output for each started stride."""
+        size, stride = x.shape[2 + axis], self.stride[axis]
+        reach = (-(-size // stride) - 1) * stride + self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        missing = max(reach - size, 0)
+        return missing // 2, missing - missing // 2
 
     def rows(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l i"]:
         """The patches [b, positions, c * h * w] that an ungrouped convolution multiplies with its kernel rows."""
         x, padding = self.pad(x)
         patches = functional.unfold(x, self.kernel, self.dilation, padding, self.stride)
         return patches.transpose(1, 2)
+
+
+def pads_same(module: nn.Module) -> bool:
+    """Whether it is timm's Conv2dSame, which pads by the size of each picture, as TensorFlow's SAME does."""
+    loaded = sys.modules.get("timm.layers.conv2d_same")  # whoever has such a layer has imported it
+    return loaded is not None and type(module).forward is loaded.Conv2dSame.forward
 
 
 def cache_weights(model: nn.Module, cached: bool = True) -> nn.Module:
