@@ -25,6 +25,7 @@ from dither.evaluation.exam import Exam, open_exam, refuse_overlap
 from dither.methods.base import Method
 from dither.models.distil import Distillation
 from dither.models.network import Network, load_into, open_network
+from dither.models.preparing import Prepared, Subject
 from dither.models.streaming import exceeds_memory
 from dither.nn.linear import cache_weights
 from dither.planning import SPILL_BUDGET
@@ -163,11 +164,12 @@ def plan(
 ) -> dict[str, Any]:
     """What `quantize` would do with the same arguments: layers, sizes, kept layers and why, memory and time.
 
-    Nothing is written; whatever is wrong with the model, the recipe or the data is found here. `findings` say what
+    Nothing is written; whatever is wrong with the model, the recipe or the data is found here. Nothing is distilled or
+    measured, so bits that a method would choose are the same for every layer here. `findings` say what
     keeps the result from running in `runtime`, or makes it slow there.
     """
     method, _ = _with_bits(method, allocation)
-    run, _ = begin(model, method, calibration, count, seed, batch_size, device, length, stream)
+    run, _ = begin(model, method, calibration, count, seed, batch_size, device, length, stream, foresee=method.foresee)
     return run.plan(runtime)
 
 
@@ -193,8 +195,12 @@ def begin(
     stream: bool | None,
     progress: Progress | None = None,
     team: Team = ALONE,
+    foresee: Callable[[Subject], Prepared] | None = None,
 ) -> tuple[Run, Any]:
-    """The run before its first unit, and the calibration data as a set where they are one."""
+    """The run before its first unit, and the calibration data as a set where they are one.
+
+    A plan gives `foresee`, which takes the place of the method's preparation; pictures stay the noise they start from.
+    """
     method = parse_method(method, {}) if isinstance(method, str) else method
     own = method.without_data()
     if calibration is None and own is None:
@@ -204,17 +210,18 @@ def begin(
     network = _open(model, device, stream, team)
     if made:
         settings = own or Distillation()
+        settings = settings if foresee is None else settings.model_copy(update={"steps": 0})
         pictures, facts = team.agree(  # gradients on a GPU differ in their last bits, and ranks share these pictures
             lambda: calibration_without_data(network, settings, count, seed, batch_size, progress)
         )
-        run = Run(network, method, pictures, progress, team)
+        run = Run(network, method, pictures, progress, team, foresee)
         run.facts |= {"distilled": facts} if facts else {}
         return run, None
     data = prepare_calibration(
         source, network.processor, network.channels, count, seed, batch_size, network.device, network.tokenizer,
         min(LENGTH, network.context) if length is None else length,
     )  # fmt: skip
-    return Run(network, method, data, progress, team), source
+    return Run(network, method, data, progress, team, foresee), source
 
 
 def load(

@@ -18,7 +18,7 @@ from dither.models.batchnorm import few, fold_batch_norms, is_batch_norm
 from dither.models.coverage import coverage
 from dither.models.gradients import NOT_RESIDENT, Gradients
 from dither.models.network import Network
-from dither.models.preparing import Subject
+from dither.models.preparing import Prepared, Subject
 from dither.models.selection import matching, without
 from dither.nn.experts import unfuse
 from dither.planning import SPILL_BUDGET, check_formats, make_plan, memory, sizes_seen
@@ -46,10 +46,11 @@ class Run:
         data: Calibration,
         progress: Progress | None = None,
         team: Team = ALONE,
+        prepare: Callable[[Subject], Prepared] | None = None,
     ) -> None:
         """Run the network once, to find out what it is made of, and prepare it as the method wants.
 
-        `team` are the ranks that share the batches of the walk.
+        `team` are the ranks that share the batches of the walk; `prepare` is the method's own, if not given.
 
         Raises:
             InputError: the method cannot be used on this network, or not by several ranks.
@@ -76,12 +77,12 @@ class Run:
         with sizes_seen(network.model) as sizes:
             self.anatomy = self._read(sample)
         self.sizes = sizes.scaled(samples)
-        self._prepare()
+        self._prepare(prepare or method.prepare)
 
-    def _prepare(self) -> None:
+    def _prepare(self, prepare: Callable[[Subject], Prepared]) -> None:
         subject = Subject(self.network.model, self.anatomy, self.network.run, self.data.batches, self.progress)
         with torch.no_grad():
-            prepared = self.method.prepare(subject)  # on every rank alike, with all batches
+            prepared = prepare(subject)  # on every rank alike, with all batches
         found = self.team.agree(lambda: prepared)
         self.remarks |= found.remarks
         self.facts |= found.facts

@@ -19,7 +19,7 @@ from dither.formats.spec import QuantSpec
 from dither.methods import RTN
 from dither.methods.zeroq import ZeroQ, kl_scores
 from dither.models.anatomy import read_anatomy
-from dither.models.distil import Distillation
+from dither.models.distil import Distillation, distil
 from dither.models.preparing import Subject
 from dither.recipe import build_method
 
@@ -95,6 +95,25 @@ def test_the_front_is_that_of_brute_force(folder: Path) -> None:
     best = min(sum(choice) for choice in itertools.product(*rows))
     assert pareto["points"][-1]["kl"] == pytest.approx(best)
     assert pareto["points"][0]["kl"] == pytest.approx(np.array(rows)[:, 0].sum())
+
+
+def test_a_plan_measures_nothing_and_fits_the_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dither.methods.zeroq.kl_scores", None)
+    steps: list[int] = []
+
+    def seen(model: Any, run: Any, size: Any, settings: Distillation, *rest: Any) -> Any:
+        steps.append(settings.steps)
+        return distil(model, run, size, settings, *rest)
+
+    monkeypatch.setattr("dither.distilled.distil", seen)
+    for size in ("7.1kB", "1MB"):
+        method = ZeroQ(weights="int8:minmax", size=size, distillation=FEW)  # type: ignore[arg-type]
+        plan = pipeline.plan(folder, method)
+        assert plan["size_bytes"] <= int(method.size or 0)
+    with pytest.raises(InputError, match="cannot be met"):
+        pipeline.plan(folder, ZeroQ(size="1kB", distillation=FEW))  # type: ignore[arg-type]
+    pipeline.plan(folder, RTN(), "distilled")
+    assert steps == [0, 0, 0, 0]
 
 
 def test_a_size_that_cannot_be_met_is_refused_with_what_can(folder: Path) -> None:

@@ -96,6 +96,13 @@ class Method(BaseModel):
         """
         return Prepared()
 
+    def foresee(self, subject: Subject) -> Prepared:
+        """What a plan needs of `prepare`; a method whose preparation measures something long says less here.
+
+        Pictures that would be distilled are noise then.
+        """
+        return self.prepare(subject)
+
     def alone(self, spec: QuantSpec) -> Callable[[LayerTask], LayerSolution] | None:
         """What solves a layer in a format from its task alone, bias left as it is; None where a method needs more.
 

@@ -82,12 +82,41 @@ class ZeroQ(Method):
         if self.size is None:
             return Prepared()
         started = perf_counter()
+        layers, specs, costs, fixed = self.offers(subject)
+        budget = self.budget(costs, fixed)
+        scores = kl_scores(subject, layers, specs)
+        front = frontier(Problem(scores, {SIZE: costs}, {SIZE: float(costs.max(axis=1).sum())}))
+        point = front.best(budget)
+        formats = {name: specs[place] for name, place in zip(layers, front.choice(point), strict=True)}
+        facts = describe_front(front, point, fixed, layers, formats, scores, costs, specs)
+        facts |= {"size_bytes": int(self.size), "time_s": perf_counter() - started, "pictures": _rows(subject.batches)}
+        return Prepared(formats=formats, facts={"pareto": facts})
+
+    def foresee(self, subject: Subject) -> Prepared:
+        """The most bits that every layer can have alike within the size, whose Pareto front is not measured."""
+        if self.size is None:
+            return Prepared()
+        layers, specs, costs, fixed = self.offers(subject)
+        fitting = np.flatnonzero(costs.sum(axis=0) <= self.budget(costs, fixed))
+        alike = specs[int(fitting.max())] if len(fitting) else specs[0]
+        return Prepared(formats=dict.fromkeys(layers, alike))
+
+    def offers(self, subject: Subject) -> tuple[list[str], list[QuantSpec], Float[np.ndarray, "u p"], int]:
+        """Layers to choose for, formats to choose from, the bits of each layer in each, and bytes that are fixed."""
         layers = [name for name in subject.anatomy.layers if not self.pinned(name)]
         specs = [self.weights.model_copy(update={"bits": bits}) for bits in sorted(self.bits)]
-        scores = kl_scores(subject, layers, specs)
         shapes = [matrix_shape(_layer(subject, name)) for name in layers]
         costs = np.array([[8.0 * Layout(spec, shape).nbytes for spec in specs] for shape in shapes])
-        fixed = fixed_bytes(subject, layers, self)
+        return layers, specs, costs, fixed_bytes(subject, layers, self)
+
+    def budget(self, costs: Float[np.ndarray, "u p"], fixed: int) -> float:
+        """Bits that the layers may take together.
+
+        Raises:
+            InputError: even the fewest bits everywhere take more.
+        """
+        if self.size is None:
+            return float("inf")
         budget = 8.0 * (int(self.size) - fixed)
         least, most = costs.min(axis=1).sum() / 8 + fixed, costs.max(axis=1).sum() / 8 + fixed
         if budget < costs.min(axis=1).sum():
@@ -95,12 +124,7 @@ class ZeroQ(Method):
                 f"size {int(self.size):,} bytes cannot be met: with {min(self.bits)} to {max(self.bits)} bits the "
                 f"model takes {least:,.0f} to {most:,.0f}, of which {fixed:,} are not codes; ask for more"
             )
-        front = frontier(Problem(scores, {SIZE: costs}, {SIZE: float(costs.max(axis=1).sum())}))
-        point = front.best(budget)
-        formats = {name: specs[place] for name, place in zip(layers, front.choice(point), strict=True)}
-        facts = describe_front(front, point, fixed, layers, formats, scores, costs, specs)
-        facts |= {"size_bytes": int(self.size), "time_s": perf_counter() - started, "pictures": _rows(subject.batches)}
-        return Prepared(formats=formats, facts={"pareto": facts})
+        return budget
 
     def pinned(self, name: str) -> bool:
         """Whether the user has chosen the layer's format."""
