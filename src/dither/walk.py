@@ -321,11 +321,11 @@ def _visit(
     del reference
     if last:
         return
+    if "fp" in streams:
+        streams["fp"].resume(outputs.pop("fp"))
     if "quantized" in streams:
-        outputs["quantized"] = streams["quantized"].outputs(cache_weights(module))
+        streams["quantized"].advance(cache_weights(module))
         cache_weights(module, cached=False)
-    for name, stream in streams.items():
-        stream.resume(outputs[name])
 
 
 def _reference(module: nn.Module) -> nn.Module:

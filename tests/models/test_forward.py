@@ -2,6 +2,7 @@
 
 import gc
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,18 @@ def logits(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def advance(stream: Stream, model: nn.Module) -> None:
-    """Run every pass over its unit with the unit's own weights."""
+def advance(stream: Stream, model: nn.Module, at_once: bool) -> None:
+    """Run every pass over its unit with the unit's own weights, one after the other or all `at_once`."""
     unit = stream.unit
     assert unit is not None
-    stream.resume(stream.outputs(model.get_submodule(unit)))
+    module = model.get_submodule(unit)
+    if at_once:
+        stream.resume(stream.outputs(module))
+    else:
+        stream.advance(module)
 
 
-def through(network: Any, batches: list[Any], budget: int, streams: int = 1) -> list[list[Any]]:
+def through(network: Any, batches: list[Any], budget: int, streams: int = 1, at_once: bool = False) -> list[list[Any]]:
     run = Network(network.model, "tiny").run
     units = [unit.name for unit in read_anatomy(network.model, lambda: run(batches[0])).units]
     kept = [*network.model.parameters(), *network.model.buffers(), *tensors_in(batches)]
@@ -46,7 +51,7 @@ def through(network: Any, batches: list[Any], budget: int, streams: int = 1) -> 
         for unit in units:
             for stream in open_streams:
                 assert stream.unit == unit
-                advance(stream, network.model)
+                advance(stream, network.model, at_once)
         assert all(stream.unit is None for stream in open_streams)
         assert (spill.spilled > 0) == (budget == 0)
         assert not spill._parked
@@ -69,7 +74,7 @@ def test_passes_put_out_what_the_model_does(tiny: Callable[..., Any], temporary:
     network = tiny(name)
     batches = [network.batch(2, seed=1), network.batch(3, seed=2), network.batch(1, seed=3)]
     expected = [network.logits(batch) for batch in batches]
-    for results in through(network, batches, budget, streams=2):
+    for results in (*through(network, batches, budget, streams=2), *through(network, batches, budget, at_once=True)):
         for result, true in zip(results, expected, strict=True):
             assert torch.equal(logits(result), true)
     assert list(temporary.iterdir()) == []
@@ -267,8 +272,12 @@ def test_a_unit_that_changes_its_input_sees_the_same_input_each_time(early: bool
         stream.outputs(model.block)  # as a method may, before the walk does
         outputs = stream.outputs(model.block)
         assert torch.equal(next(stream.run(model.block)), expected[0][:1])
-        model.block.forward = forward
-        stream.resume(outputs)
+        if early:  # either way on
+            model.block.forward = forward
+            stream.resume(outputs)
+        else:
+            stream.advance(model.block)
+            model.block.forward = forward
         assert stream.unit is None
     assert all(torch.equal(*pair) for pair in zip(stream.results, expected, strict=True))
 
@@ -302,3 +311,20 @@ def test_an_input_that_is_changed_in_place_is_the_one_that_the_layer_was_given()
     for batch, one in zip(batches, seen, strict=True):
         assert torch.equal(one["first"][0], batch)
         assert torch.equal(one["last"][0], module.first(batch))
+
+
+def test_inputs_are_free_once_their_pass_has_gone_on() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    batches = [torch.full((1, 2), float(value)) for value in range(3)]
+    alive: list[int] = []
+    with torch.no_grad(), Spill(2**30, batches) as spill, suspended_at(model, ["0", "1"]):
+        stream = Stream(model, batches, spill)
+        stream.advance(model[0])
+        inputs = [weakref.ref(call.args[0]) for call in stream.calls]
+
+        def last(x: Tensor) -> Tensor:
+            alive.append(sum(one() is not None for one in inputs))
+            return x + 1
+
+        stream.advance(last)
+    assert alive == [3, 2, 1]

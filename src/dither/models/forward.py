@@ -88,10 +88,17 @@ class Stream:
         self.calls: list[Call] = []
         self.results: list[Any] = []
         try:
-            self._take([one.switch(batch) for one, batch in zip(self._passes, batches, strict=True)])
+            self._take([self._go_on(one, batch) for one, batch in zip(self._passes, batches, strict=True)])
         except BaseException:
             self.close()
             raise
+
+    def _go_on(self, one: _Pass, value: Any) -> Any:
+        """Give a pass what it waits for; its next call is parked."""
+        state = one.switch(value)
+        if isinstance(state, Call):
+            self._spill.park((state.args, state.kwargs))
+        return state
 
     def _take(self, states: list[Any]) -> None:
         self._edits, self._after = None, []
@@ -102,8 +109,6 @@ class Stream:
                 "calibration batches take different ways through the model "
                 f"({sorted({call.unit for call in self.calls})}); use batches of equal shape"
             )
-        for call in self.calls:
-            self._spill.park((call.args, call.kwargs))
 
     @property
     def unit(self) -> str | None:
@@ -199,7 +204,21 @@ class Stream:
             self._spill.fetch([call.args, call.kwargs, output, [held.content for held in after]])
             for held in after:
                 held.put_back()
-            states.append(one.switch(output))
+            states.append(self._go_on(one, output))
+        self._take(states)
+
+    def advance(self, module: Callable[..., Any]) -> None:
+        """Run every pass to its next unit, with the module's output; an input is free before the next batch begins."""
+        self._spill.fetch([held.content for after in self._after for held in after])  # of an earlier time
+        self._after, states = [], []
+        waiting, self.calls = self.calls[::-1], []
+        for one in self._passes:
+            call = waiting.pop()
+            self._spill.fetch((call.args, call.kwargs))
+            output = module(*call.args, **call.kwargs)
+            del call
+            states.append(self._go_on(one, output))
+            del output
         self._take(states)
 
     def close(self) -> None:
