@@ -19,6 +19,7 @@ from dither.formats.qtensor import QTensor
 from dither.models.anatomy import Anatomy, Unit
 from dither.models.forward import Stream, layer_inputs, suspended_at
 from dither.models.gradients import Gradients
+from dither.models.heap import give_back_freed
 from dither.models.layers import Layer, input_rows, is_layer, is_routed, quantized, weight_matrix
 from dither.models.links import Chain, Links, find_chains, find_links, shared_inputs
 from dither.models.spill import Spill, tensors_in
@@ -319,6 +320,7 @@ def _visit(
         on_done(block)
         block.reference = module  # the method still holds the block when the next one is read
     del reference
+    give_back_freed()
     if last:
         return
     if "fp" in streams:

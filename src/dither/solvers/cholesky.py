@@ -7,7 +7,7 @@ A Gram of 11,008 columns takes a gigabyte in float64: LAPACK overwrites its inpu
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dither.errors import NonFiniteError, NumericalError
@@ -28,8 +28,17 @@ class Factor:
         return torch.cholesky_solve(right, self.lower)
 
 
-def factorize(matrix: Float[Tensor, "k k"], damping: float) -> Factor:
+def factorize(
+    matrix: Float[Tensor, "k k"],
+    damping: float,
+    order: Int[Tensor, " k"] | None = None,
+    added: Float[Tensor, " k"] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Factor:
     """Factor `matrix` with `damping` in units of its mean diagonal; a failure climbs the ladder, ten times a step.
+
+    Rows and columns are taken in an `order`, with something `added` to the diagonal in that order, in a `dtype`; all
+    of it costs no copy besides the factor.
 
     Raises:
         NonFiniteError: the matrix holds NaN or Inf.
@@ -37,10 +46,13 @@ def factorize(matrix: Float[Tensor, "k k"], damping: float) -> Factor:
     """
     if not bool(torch.isfinite(matrix).all()):
         raise NonFiniteError(f"Gram matrix of {matrix.shape[0]} columns holds NaN or Inf")
-    unit = matrix.diagonal().mean()
+    order = torch.arange(matrix.shape[0], device=matrix.device) if order is None else order
+    diagonal = matrix.diagonal()[order].to(dtype) + (0 if added is None else added)
+    unit = diagonal.mean()
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
     for tries, step in enumerate(LADDER, start=1):
-        lower = damped(matrix, float(damping * step * unit)).T  # it is symmetric
+        lower = matrix[order[:, None], order].to(dtype).T  # it is symmetric
+        lower.diagonal().copy_(diagonal + float(damping * step * unit))
         failed = torch.empty(0, dtype=torch.int32, device=matrix.device)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not int(failed):
@@ -58,12 +70,12 @@ def damped(matrix: Float[Tensor, "k k"], amount: float) -> Float[Tensor, "k k"]:
     return result
 
 
-def inverse_upper(factor_of_reversed: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
-    """Upper U with UᵀU = M⁻¹, from the lower factor of M with rows and columns reversed.
+def inverse_of_upper(upper: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
+    """The inverse of an upper triangular matrix.
 
-    Reversing turns the lower factor into an upper R with M = R Rᵀ, so U = R⁻¹: one triangular solve, no inverse of M.
+    Of the lower factor of M with rows and columns reversed, reversed again, which is an upper R with M = R Rᵀ, it is
+    the upper U with UᵀU = M⁻¹: one triangular solve, no inverse of M.
     """
-    upper = factor_of_reversed.flip(0, 1)
     inverse = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device).T
     torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
     return inverse

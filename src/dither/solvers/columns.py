@@ -20,7 +20,7 @@ from dither.formats.grid import Grid
 from dither.formats.mixed import MixedGrid
 from dither.formats.spec import QuantSpec
 from dither.kernels.column_sweep import sweep_uniform_
-from dither.solvers.cholesky import factorize, inverse_upper
+from dither.solvers.cholesky import factorize, inverse_of_upper
 from dither.solvers.rounders import GroupFit, Keeping, OnTheWay, Rounder, Uniform, on_grid
 
 BLOCK = 64  # released code: 128; measured: on a CPU 64 is faster, the result is the same
@@ -55,9 +55,12 @@ class Ordered:
         """
         order = column_order(gram, columns, act_order)
         turned = order.flip(0)
-        factor = factorize(_without_dead(gram[turned[:, None], turned].to(weight)), damping)
+        added = _for_dead(gram.diagonal()[turned].to(weight))
+        factor = factorize(gram, damping, turned, added, weight.dtype)
         notes = {"damping": factor.damping, "tries": float(factor.tries)}
-        return cls(weight[:, order], inverse_upper(factor.lower), order, notes)
+        reverse = factor.lower.flip(0, 1)
+        del factor  # wide layers have no memory for one more matrix
+        return cls(weight[:, order], inverse_of_upper(reverse), order, notes)
 
     def restored(self, swept: Shaped[Tensor, "o k"]) -> Shaped[Tensor, "o k"]:
         """A matrix in the order of the sweep, its columns where they came from."""
@@ -159,12 +162,10 @@ def column_order(gram: Float[Tensor, "k k"], columns: int, act_order: bool) -> I
     return index
 
 
-def _without_dead(gram_: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
+def _for_dead(diagonal: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
     """A column that never had an input decouples: unit diagonal, so that it is rounded and compensates nothing."""
-    diagonal = gram_.diagonal()
-    unit = diagonal.mean().clamp_min(torch.finfo(gram_.dtype).tiny)
-    diagonal.add_(torch.where(diagonal <= 0, unit, torch.zeros_like(unit)))
-    return gram_
+    unit = diagonal.mean().clamp_min(torch.finfo(diagonal.dtype).tiny)
+    return torch.where(diagonal <= 0, unit, torch.zeros_like(unit))
 
 
 def sweep(ordered: Ordered, rounder: Rounder, count: int) -> Float[Tensor, "o k"]:
