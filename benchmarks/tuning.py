@@ -6,12 +6,13 @@
 
 `measure` quantizes every configuration once (methods × schemes × range searches × granularities × mixed ends, W4A4) and
 judges it on training pictures that calibration does not use; it goes on where it was stopped, and `--seconds` stops it.
-`search` plays every strategy on the tables, which costs nothing, 40 times with other seeds, and writes
-docs/results/tuning.json and .md. Grid search has no seed: its repetitions shuffle dimensions and values.
+`search` plays every strategy on the whole tables, which costs nothing, 40 times with other seeds, with the lessons of
+another table, whole or not, as transfer, and writes docs/results/tuning.json and .md. Grid search has no seed: its repetitions shuffle dimensions and values.
 """
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,6 +109,7 @@ class Table:
         self.header, self.rows = read_journal(path)
         self.name, self.features = self.header["model"]["name"], self.header["features"]
         self.space = Space(DIMENSIONS, tuple(_point(row["configuration"]) for row in self.rows))
+        self.whole = len(self.rows) == math.prod(len(one.values) for one in DIMENSIONS)
 
     def costs(self, objective: str) -> dict[tuple[Any, ...], float]:
         """The cost of each point; a failed one costs more than all others."""
@@ -171,6 +173,8 @@ def search(given: argparse.Namespace) -> None:
     tables = {path.stem: Table(path) for path in sorted(given.raw.glob("*.jsonl"))}
     results = []
     for name, table in tables.items():
+        if not table.whole:
+            continue  # its best is not known, but it has lessons for others
         others = [one for key, one in tables.items() if key != name]
         for objective in OBJECTIVES:
             costs = list(table.costs(objective).values())
@@ -212,9 +216,10 @@ def markdown(data: Mapping[str, Any]) -> str:
         shares = [f"{100 * value:.1f} %" for value in (known[0]["figures"]["top1"], known[-1]["figures"]["top1"])]
         failed, judged = len(table["rows"]) - len(known), table["fingerprint"]["evaluation"][0]
         full, best = f"{100 * table['reference']['top1']:.1f} %", _words(known[-1])
-        lines += ["", f"`{name}`: {len(known)} measured, {failed} failed, on {judged} training pictures."]
+        alone = "" if any(row["model"] == name for row in data["searches"]) else " It only gives lessons."
+        lines += ["", f"`{name}`: {len(known)} measured, {failed} failed, on {judged} training pictures.{alone}"]
         lines += [f"Top-1 {shares[0]} to {shares[1]} ({best}); full precision {full}."]
-    for name in data["tables"]:
+    for name in dict.fromkeys(row["model"] for row in data["searches"]):
         for objective in OBJECTIVES:
             rows = [row for row in data["searches"] if (row["model"], row["objective"]) == (name, objective)]
             unit, factor = ("points", 100) if objective == "accuracy" else ("nats", 1)
