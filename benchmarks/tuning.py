@@ -7,7 +7,8 @@
 `measure` quantizes every configuration once (methods × schemes × range searches × granularities × mixed ends, W4A4) and
 judges it on training pictures that calibration does not use; it goes on where it was stopped, and `--seconds` stops it.
 `search` plays every strategy on the whole tables, which costs nothing, 40 times with other seeds, with the lessons of
-another table, whole or not, as transfer, and writes docs/results/tuning.json and .md. Grid search has no seed: its repetitions shuffle dimensions and values.
+another table, whole or not, as transfer, and writes docs/results/tuning.json and .md. Grid search has no seed: its
+repetitions shuffle dimensions and values.
 """
 
 import argparse

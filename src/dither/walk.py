@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from dither.engine.team import ALONE, S, Team
 from dither.errors import InputError, NonFiniteError
 from dither.formats.qtensor import QTensor
+from dither.heap import give_back_freed
 from dither.models.anatomy import Anatomy, Unit
 from dither.models.forward import Stream, layer_inputs, suspended_at
 from dither.models.gradients import Gradients
-from dither.models.heap import give_back_freed
 from dither.models.layers import Layer, input_rows, is_layer, is_routed, quantized, weight_matrix
 from dither.models.links import Chain, Links, find_chains, find_links, shared_inputs
 from dither.models.spill import Spill, tensors_in
