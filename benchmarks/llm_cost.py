@@ -82,13 +82,11 @@ def run(given: argparse.Namespace, place: str, method: str, windows: torch.Tenso
     """One quantization by dither in this process."""
     from dither.data.calibration import TOKENS
     from dither.evaluation.language import answer
-    from dither.heap import map_large
     from dither.models.network import open_network
     from dither.pipeline import quantize
     from dither.recipe import parse_method
 
     torch.set_num_threads(given.threads)
-    map_large()  # as the command does
     cuda = given.device.startswith("cuda")
     batches = [{"input_ids": part} for part in windows.split(max(1, TOKENS // given.length))]
     answer(open_network(place, given.device).model, windows[:1, :32])  # libraries are loaded before memory is read

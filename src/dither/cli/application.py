@@ -17,7 +17,6 @@ from dither.cli.quantize import quantize
 from dither.cli.requantize import requantize
 from dither.cli.study import app as study
 from dither.cli.tune import tune
-from dither.heap import map_large
 
 app = typer.Typer(
     name="dither",
@@ -56,5 +55,4 @@ app.add_typer(study, name="study")
 
 def main() -> None:
     """The `dither` command."""
-    map_large()
     app()
