@@ -65,9 +65,10 @@ class OAC(Method):
     outliers: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0004, description="share of weights SpQR keeps apart"
     )
-    threshold: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="of SpQR's outliers, instead of a share; what suits 4 bits keeps far too many at 2"
+    outliers_by: Literal["share", "threshold"] = Field(
+        default="share", description="what finds them; a threshold that suits 4 bits keeps far too many at 2"
     )
+    threshold: Annotated[float, Field(gt=0)] = Field(default=0.2, description="of SpQR's outliers, if it is asked for")
     leave_one_out: bool = Field(default=True, description="SpQR's likely outliers stay out of their group's range")
 
     @model_validator(mode="after")
@@ -113,7 +114,8 @@ class OAC(Method):
         if spec.kind == "nuq":
             return round_binary(weight, hessian, spec, self.damping, self.act_order, BinarySettings())
         if self.solver == "spqr":
-            cutoff = largest_share(self.outliers) if self.threshold is None else above_threshold(self.threshold)
+            by_share = self.outliers_by == "share"
+            cutoff = largest_share(self.outliers) if by_share else above_threshold(self.threshold)
             stored, notes = round_with_outliers(
                 weight, hessian, spec, self.damping, self.act_order, cutoff, self.leave_one_out
             )
