@@ -35,6 +35,7 @@ from dither.pipeline import quantize
 from dither.recipe import parse_method
 
 KEY = ("model", "bits", "method", "allocator", "seed")  # of a run
+NAMED = ("device", "torch")  # may differ between results of a model, and are named
 BLIND = ("baq", *CPTQUANT, *(f"{name}-clusters" for name in CPTQUANT))  # to what weights become
 SOLVED = tuple(f"{name}+method=gptq" for name in ALLOCATORS if name not in BLIND)
 
@@ -47,12 +48,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--merge", nargs="+", type=Path, help="results of earlier calls, instead of running")
     parser.add_argument("--bits", nargs="+", type=float, default=[3.0, 4.0])
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=BASELINES)
     parser.add_argument(
-        "--allocators", nargs="+", default=[*ALLOCATORS, *SOLVED],
+        "--allocators", nargs="*", default=[*ALLOCATORS, *SOLVED],
         help="settings may follow: kl+symmetric=true; with +method=gptq scores are of GPTQ's weights, for GPTQ only",
     )  # fmt: skip
     parser.add_argument("--format", help="with {bits} in it (default: groups of 64 for text, channels for pictures)")
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws")
+    parser.add_argument("--first-seed", type=int, default=0, help="for draws that are run apart and merged")
     parser.add_argument("--draws", type=int, default=10, help="random allocations")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration sequence")
@@ -113,11 +116,14 @@ def random_choice(problem: Problem, generator: random.Random) -> list[int]:
 
 def jobs(given: argparse.Namespace, bench: Bench) -> Iterator[dict[str, Any]]:
     """What to run, the cheap first seed of everything before the second of anything."""
-    for seed in range(max(given.seeds, given.draws)):
-        for bits, method, allocator in itertools.product(given.bits, given.methods, (*BASELINES, *given.allocators)):
+    first = given.first_seed
+    for seed in range(first, first + max(given.seeds, given.draws)):
+        for bits, method, allocator in itertools.product(
+            given.bits, given.methods, (*given.baselines, *given.allocators)
+        ):
             if allocator not in BASELINES and scored_by(allocator)[1] not in ("rtn", method):
                 continue
-            if seed < (given.draws if allocator == "random" else given.seeds):
+            if seed < first + (given.draws if allocator == "random" else given.seeds):
                 yield {"model": bench.name, "bits": bits, "method": method, "allocator": allocator, "seed": seed}
 
 
@@ -176,6 +182,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
     known = found["facts"].setdefault(bench.name, facts)
     if differ := differing(facts, known):
         raise SystemExit(f"earlier runs of {bench.name} differ in {differ}; give another --out")
+    found["facts"][bench.name] = known | named(known, facts)
     done = {tuple(one[key] for key in KEY) for one in found["runs"]}
 
     def keep() -> None:
@@ -208,6 +215,7 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
         for model, facts in one["facts"].items():
             if differ := differing(facts, found["facts"].setdefault(model, facts)):
                 raise SystemExit(f"{path}: runs of {model} differ in {differ} from those before")
+            found["facts"][model] |= named(found["facts"][model], facts)
         runs |= {tuple(run[key] for key in KEY): run for run in one["runs"]}
         found["exhaustive"] |= one["exhaustive"]
     found["runs"] = list(runs.values())
@@ -217,7 +225,13 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
 def differing(facts: dict[str, Any], known: dict[str, Any]) -> list[str]:
     """What two results of a model were not measured alike in."""
     keys = facts.keys() | known.keys()
-    return sorted(key for key in keys if facts.get(key) != known.get(key) and key not in ("perplexity", "top1"))
+    free = ("perplexity", "top1", *NAMED)
+    return sorted(key for key in keys if facts.get(key) != known.get(key) and key not in free)
+
+
+def named(*facts: dict[str, Any]) -> dict[str, str]:
+    """The machines of several results."""
+    return {key: "; ".join(dict.fromkeys(part for one in facts for part in one[key].split("; "))) for key in NAMED}
 
 
 def main() -> None:

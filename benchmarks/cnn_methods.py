@@ -55,6 +55,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--merge", nargs="+", type=Path, help="results of earlier calls, instead of running")
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--parts", nargs="+", default=["methods", "folding", "front", "pruning"])
+    parser.add_argument("--front-bits", nargs="+", type=int, default=BITS, help="whose sizes the front is held against")
+    parser.add_argument("--methods", nargs="+", help="labels; all by default")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0, help="for draws that are run apart and merged")
     parser.add_argument("--samples", type=int, default=32)
@@ -100,7 +102,7 @@ def jobs(given: argparse.Namespace) -> Iterator[Job]:
                         "setting": setting, "seed": seed, "data": "data",
                     }  # fmt: skip
         if "front" in given.parts:
-            for bits in BITS:
+            for bits in given.front_bits:
                 for label in ("the same bits everywhere", "zeroq"):
                     yield {
                         "part": "front", "method": label, "text": "zeroq", "setting": f"int{bits}/int8", "seed": seed,
@@ -218,6 +220,8 @@ def tasks(given: argparse.Namespace, runs: list[dict[str, Any]]) -> Iterator[Tas
         groups: dict[tuple[Any, ...], list[Job]] = {}
         sizes: dict[str, int] = {}
         for job in jobs(given):
+            if given.methods and job["method"] not in given.methods:
+                continue
             if run := done.get(key_of(job | asked)):
                 if job["part"] == "front" and job["method"] != "zeroq":
                     sizes[f"{job['setting']} {job['seed']}"] = run["size_bytes"]

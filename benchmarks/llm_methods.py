@@ -54,7 +54,8 @@ METHODS = {  # label: method, weight format, bits it is run at (None: all that a
     "billm": ("billm", "nuq2:g64:dual", (2,)),
 }
 DATA_FREE = {"rtn", "rtn, symmetric", "rtn, least squares", "nf4", "hqq", "lorc"}  # a draw would change nothing
-FACTS = (*DATA, "calibration", "evaluation", "device", "torch", "fp_perplexity", "parameters")
+SAME = (*DATA, "calibration", "evaluation", "parameters")  # of results that one table may hold
+NAMED = ("device", "torch", "at_once")  # may differ, and are named
 
 
 def arguments() -> argparse.Namespace:
@@ -73,6 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window-length", type=int, default=1024)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time, spread over the GPUs")
+    parser.add_argument("--at-once", type=int, help="runs that share a GPU, of this and other calls; the table says so")
     parser.add_argument("--quick", action="store_true", help="one seed, 64 calibration and 16 evaluation windows")
     parser.add_argument("--peers", type=Path, default=Path("docs/results/llm_peers.json"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/llm_methods"))
@@ -142,7 +144,7 @@ class Bench:
             "evaluation": Path(given.evaluation).name,
             "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
             "torch": torch.__version__,
-            "workers": given.workers,
+            "at_once": str(given.at_once or given.workers),
             "fp_perplexity": self.fp_perplexity,
             "parameters": self.parameters,
         }
@@ -174,6 +176,7 @@ def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
     cache_weights(result.network.model)
     perplexity = bench.perplexity(result.network.model)
     return job | used | {
+        "device": bench.facts()["device"],
         "peak_bytes": peak - 4 * bench.parameters,
         "bits_per_weight": result.report.data["totals"]["bits_per_weight"],
         "perplexity": perplexity if math.isfinite(perplexity) else None,
@@ -203,7 +206,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(given)
     found: dict[str, Any] = {"facts": bench.facts(), "runs": []}
     if path.exists():
-        found["runs"] = checked([json.loads(path.read_text()), found])[0]
+        found["runs"], found["facts"] = checked([json.loads(path.read_text()), found])
     alone = None if given.device.startswith("cuda") else 1  # the CPU's memory is counted by process
     done = found["runs"]
     todo = [job for job in jobs(given) if not any(all(one.get(k) == v for k, v in job.items()) for one in done)]
@@ -217,14 +220,18 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def checked(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Runs of several results, of equal ones the last; the facts that describe them must agree."""
-    facts = [{key: one["facts"][key] for key in FACTS} for one in results]
+    """Runs of several results, of equal ones the last; data must agree, machines may differ and are named."""
+    facts = [one["facts"] for one in results]
     for one in facts:
-        other = {key for key in FACTS if one[key] != facts[0][key] and key != "fp_perplexity"}
-        if other:
+        if other := {key for key in SAME if one[key] != facts[0][key]}:
             raise SystemExit(f"these results differ in {sorted(other)}; give another --out")
-    runs = {(run["label"], run["weights"], run["seed"]): run for one in results for run in one["runs"]}
-    return list(runs.values()), facts[0]
+    runs = {
+        (run["label"], run["weights"], run["seed"]): {"device": one["facts"]["device"]} | run
+        for one in results for run in one["runs"]
+    }  # fmt: skip
+    said = {key: [part for one in facts for part in one.get(key, "").split(", ") if part] for key in NAMED}
+    named = {key: ", ".join(dict.fromkeys(parts)) for key, parts in said.items()}
+    return list(runs.values()), {key: facts[0][key] for key in (*SAME, "fp_perplexity")} | named
 
 
 def main() -> None:

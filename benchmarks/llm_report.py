@@ -15,7 +15,8 @@ def peer_runs(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     same = [one for one in runs if all(one[key] == facts[key] for key in DATA)]
     elsewhere = dict.fromkeys(("time_s", "cpu_s", "peak_bytes"))  # costs on another device are not comparable
-    return [one | peer_names(one) | (elsewhere if one["device"] != facts["device"] else {}) for one in same]
+    here = facts["device"].split(", ")
+    return [one | peer_names(one) | (elsewhere if one["device"] not in here else {}) for one in same]
 
 
 def peer_names(one: dict[str, Any]) -> dict[str, str]:
@@ -64,8 +65,9 @@ def table(made: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         f"Calibration: {facts['samples']} × {facts['length']} tokens of `{facts['calibration']}`, mean ± standard "
         "deviation over the draws. All linear layers of the blocks are quantized; bits count codes, scales, "
         "zero-points, outliers, codebooks and factors. Time is the machine's and the processor's, memory is the peak "
-        f"above one float32 copy of the model. Written by `benchmarks/llm_methods.py` on {facts['device']}, "
-        f"torch {facts['torch']}; other tools by `benchmarks/llm_peers.py`.",
+        f"above one float32 copy of the model; up to {facts['at_once']} runs shared a GPU, so that seconds are longer "
+        "than alone (`benchmarks/llm_cost.py` has these). Written by `benchmarks/llm_methods.py` on "
+        f"{facts['device']}, torch {facts['torch']}; other tools by `benchmarks/llm_peers.py`.",
     ]
     for bits in dict.fromkeys(int(row["bits"]) for row in made):
         lines += ["", f"## {bits} to {bits + 1} bits", ""]
