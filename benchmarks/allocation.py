@@ -23,6 +23,7 @@ import torch
 from allocation_bench import BASELINES, WIDTHS, Bench, scored_by
 from allocation_exhaustive import exhaustive
 from allocation_report import plot, report
+from allocation_searches import SEARCHES, searched, searches
 
 from dither.allocating import ALLOCATORS, CPTQUANT, allocator_named
 from dither.allocation.allocation import Allocation
@@ -50,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
     parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=BASELINES)
     parser.add_argument(
-        "--allocators", nargs="*", default=[*ALLOCATORS, *SOLVED],
+        "--allocators", nargs="*", default=[*ALLOCATORS, *SOLVED, *SEARCHES],
         help="settings may follow: kl+symmetric=true; with +method=gptq scores are of GPTQ's weights, for GPTQ only",
     )  # fmt: skip
     parser.add_argument("--format", help="with {bits} in it (default: groups of 64 for text, channels for pictures)")
@@ -61,6 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration sequence")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--count", type=int, help="evaluation pictures or windows (default: all)")
+    parser.add_argument("--by-class", default="*mlp*=quadratic", help="one class of mixdq and vidit, and its measure")
     parser.add_argument("--units", type=int, default=8, help="of the exhaustive search; 0 leaves it out")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="a seed, 2 draws, little data")
@@ -130,8 +132,10 @@ def jobs(given: argparse.Namespace, bench: Bench) -> Iterator[dict[str, Any]]:
 def choose(bench: Bench, job: dict[str, Any]) -> Allocation:
     """The allocation of a job."""
     calibration = 0 if job["allocator"] == "random" else job["seed"]
-    scores = bench.table(job["allocator"], calibration)
+    scores = bench.table("error" if searches(job["allocator"]) else job["allocator"], calibration)
     most, low, high = budget(scores, job["bits"])
+    if searches(job["allocator"]):
+        return searched(bench, job["allocator"], calibration, most)
     problem = problem_of(scores, {SIZE: most})
     if job["allocator"] == "uniform":
         choice: Sequence[int] = even_mix(problem, low, high)

@@ -38,12 +38,17 @@ class Bench:
         key = sensitivity, scored, seed
         if key not in self.tables:
             self.tables[key] = measure(
-                self.given.model, sensitivity, self.given.calibration, options=self.options,
-                method=scored, scores=self.given.scores, count=self.given.samples, seed=seed,
-                length=self.given.length if self.text else None, batch_size=self.given.batch_size,
-                device=self.given.device,
-            )  # fmt: skip
+                self.given.model, sensitivity, self.given.calibration, method=scored, **self.asked(seed)
+            )
         return self.tables[key]
+
+    def asked(self, seed: int) -> dict[str, Any]:
+        """How every allocator measures on a calibration draw."""
+        given = self.given
+        return {
+            "options": self.options, "scores": given.scores, "count": given.samples, "seed": seed,
+            "length": given.length if self.text else None, "batch_size": given.batch_size, "device": given.device,
+        }  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
         given, cuda = self.given, self.given.device.startswith("cuda")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from allocation_bench import WIDTHS, Bench, scored_by
+from allocation_searches import searches
 
 from dither.allocating import allocator_named
 from dither.allocation.problem import Problem
@@ -36,7 +37,7 @@ def exhaustive(bench: Bench, method: str) -> dict[str, Any]:
         "model": bench.name, "method": method, "units": [unit.name for unit in units], "choices": len(true),
         "allocators": {},
     }  # fmt: skip
-    for allocator in bench.given.allocators:
+    for allocator in (one for one in bench.given.allocators if not searches(one)):
         if (scored := scored_by(allocator))[1] not in ("rtn", method):
             continue
         try:
