@@ -328,3 +328,22 @@ def test_inputs_are_free_once_their_pass_has_gone_on() -> None:
 
         stream.advance(last)
     assert alive == [3, 2, 1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU answers")
+def test_no_stream_is_captured_where_cuda_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> bool:
+        raise AssertionError("a CUDA build without a GPU dies here")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked)
+    model = Unwound()
+    told: list[bool] = []
+
+    def run(x: Tensor) -> Tensor:
+        told.append(torch.cuda.is_current_stream_capturing())
+        return model(x)
+
+    with Spill(0) as spill, suspended_at(model, ["fc"]):
+        Stream(run, [torch.ones(1, 2)], spill).close()
+    assert told == [False]
+    assert torch.cuda.is_current_stream_capturing is asked

@@ -40,12 +40,31 @@ def suspended_at(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
     for name, module in modules.items():
         module.forward = _suspending(name, module.forward)
     try:
-        yield
+        with _no_stream_capture():
+            yield
     finally:
         for name, module in modules.items():
             del module.forward
             if name in own:
                 module.forward = own[name]
+
+
+@contextmanager
+def _no_stream_capture() -> Iterator[None]:
+    """While open, and where no GPU can be used, PyTorch says that no CUDA stream is being captured.
+
+    Models of transformers ask this in every pass. A CUDA build without a GPU answers by an error that records the
+    stack; that of a greenlet cannot be followed to its end, and the process would die.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    own = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = own
 
 
 def _suspending(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
