@@ -25,7 +25,7 @@ def summary() -> str:
         mine = [run for run in runs if run["model"] == model]
         settings = [
             one for one in dict.fromkeys(run["setting"] for run in mine)
-            if set(SHOWN) <= {run["method"] for run in mine if run["setting"] == one}
+            if all(sum(run["method"] == m and run["setting"] == one for run in mine) > 1 for m in SHOWN)
         ]  # fmt: skip
         titles = [re.sub(r"int(\d)/int(\d)", r"W\1A\2", setting) for setting in settings]
         draws = len({run["seed"] for run in mine})

@@ -62,6 +62,7 @@ METHODS = {
     "repquant, no reconstruction": "repquant+iterations=0",
     "repquant": "repquant",
 }
+MACHINE = ("device", "torch", "workers")  # may differ between results, and is named
 SETTINGS = ("int6/int6", "int4/int4", "int3/int4", "int3/int3", "int2/int4")
 RULES = {
     "all": "",
@@ -254,9 +255,8 @@ def merge(found: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, 
     for one in found:
         if changed := {label for label, text in one["facts"]["methods"].items() if methods[label] != text}:
             raise SystemExit(f"these labels mean different methods: {sorted(changed)}")
-    machines = {
-        key: ", ".join(dict.fromkeys(str(one["facts"][key]) for one in found)) for key in ("device", "torch", "workers")
-    }
+    said = {key: [part for one in found for part in str(one["facts"][key]).split(", ")] for key in MACHINE}
+    machines = {key: ", ".join(dict.fromkeys(parts)) for key, parts in said.items()}
     runs = {key_of(run): run for one in found for run in one["runs"]}
     return in_order(list(runs.values())), {**same[0], **machines, "methods": methods}
 
