@@ -19,6 +19,8 @@ def test_from_a_budget_to_a_model_of_that_size(run: Run, tiny_model: Path, calib
     assert done.code == 0, done.err
     assert "optimal" in done.out
     assert "saved in bits.yaml" in done.out
+    said = " ".join(done.out.split())
+    assert f"dither quantize {tiny_model} --calibration {calibration} --method rtn --allocation bits.yaml" in said
     data = yaml.safe_load((tmp_path / "bits.yaml").read_text())
     assert data["bits"] <= 5.5
     assert "<svg" in (tmp_path / "bits.html").read_text()

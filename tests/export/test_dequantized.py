@@ -28,9 +28,28 @@ def test_transposed_layers_are_written_as_their_class_stores_them(tiny: Callable
     torch.testing.assert_close(network.logits(batch, plain), network.logits(batch, result.model), rtol=0.02, atol=0.02)
 
 
-def test_experts_taken_apart_are_refused_with_what_opens_them(tiny: Callable[..., Any], tmp_path: Path) -> None:
+EXPERTS = {"MixtralForCausalLM": "sym", "Qwen2MoeForCausalLM": "asym", "GptOssForCausalLM": "asym"}
+
+
+@pytest.mark.parametrize(("architecture", "zero"), EXPERTS.items())
+def test_experts_are_put_together_again(tiny: Callable[..., Any], tmp_path: Path, architecture: str, zero: str) -> None:
+    import transformers
+
+    network = tiny(architecture)
+    network.model.save_pretrained(tmp_path / "source")
+    method = dither.RTN(weights=f"int4:g8:{zero}", skip=["*.1.mlp.experts.down_proj.0"])
+    result = dither.quantize(tmp_path / "source", method, [network.batch(2)])
+    made = dither.export(result, "dequantized", tmp_path / "plain")
+    assert made["layers"] == len(result.report.data["layers"])
+    plain = getattr(transformers, architecture).from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+    batch = network.batch(2, seed=1)
+    torch.testing.assert_close(network.logits(batch, plain), network.logits(batch, result.model), rtol=0.02, atol=0.02)
+    assert not torch.allclose(network.logits(batch, plain), network.logits(batch, network.model), rtol=0.02, atol=0.02)
+
+
+def test_other_forms_refuse_experts_taken_apart_with_what_opens_them(tiny: Callable[..., Any], tmp_path: Path) -> None:
     network = tiny("MixtralForCausalLM")
     network.model.save_pretrained(tmp_path / "source")
-    result = dither.quantize(tmp_path / "source", "rtn", [network.batch(2)])
+    result = dither.quantize(tmp_path / "source", dither.RTN(weights="int4:g8:sym"), [network.batch(2)])
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.experts: experts taken apart .* from_pretrained"):
-        dither.export(result, "dequantized", tmp_path / "plain")
+        dither.export(result, "compressed-tensors", tmp_path / "plain")

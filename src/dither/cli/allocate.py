@@ -1,5 +1,6 @@
 """`dither allocate`: which bits where, within a budget, as a file that `dither quantize` reads."""
 
+import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -172,7 +173,7 @@ def allocate(
             else:
                 budget: dict[str, Any] = {"size": most, "limits": limits, "by": by, "solver": solver}
                 table, found = _within(model, calibration, wanted, budget, how)
-        _show(terminal, table, found, _write(table, found, files))
+        _show(terminal, table, found, _write(table, found, files), (model, calibration, method))
 
 
 def _check_asked(accuracy: float | None, bits: str | None, most: float | None, limits: Any, solver: str | None) -> None:
@@ -301,7 +302,7 @@ def _write(table: Any, found: list[Any], files: dict[float | str | None, Path]) 
     return [str(path) for path in files.values()]
 
 
-def _show(terminal: Terminal, table: Any, found: list[Any], files: list[str]) -> None:
+def _show(terminal: Terminal, table: Any, found: list[Any], files: list[str], asked: tuple[str, str, str]) -> None:
     from dither.report.allocation import allocation_rows, option_rows
 
     data = [one.to_data() for one in found]
@@ -311,4 +312,8 @@ def _show(terminal: Terminal, table: Any, found: list[Any], files: list[str]) ->
     for path in files:
         terminal.line(f"saved in {path}")
     if files:
-        terminal.line(f"use it: dither quantize MODEL --calibration DATA --allocation {files[0]} -o OUT")
+        model, calibration, method = map(shlex.quote, asked)
+        terminal.line(
+            f"use it: dither quantize {model} --calibration {calibration} --method {method} "
+            f"--allocation {shlex.quote(files[0])} -o OUT"
+        )

@@ -4,6 +4,8 @@ Whatever dither stores can be exported so: codebooks, outliers, low-rank terms a
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dither.export.experts import stacks, without
 from dither.export.folder import (
     cast,
     check_tensors,
@@ -34,26 +37,36 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
     model, kind = skeleton(source), chosen_dtype(source, dtype)
     if source.structure.get("folded"):
         source = unfolded(source, model)
-    check_tensors(source, model)
-    own = list(source.kept_names) + [f"{name}.weight" for name in source.layers]
+    fused = stacks(source, model)
+    plain = without(source, fused)
+    check_tensors(plain, model)
+    own = [*plain.kept_names, *(f"{name}.weight" for name in plain.layers), *fused]
     names = checkpoint_names(model, own)
     notes = ["the weights take 16 bits again; activations are no longer quantized"]
     if len(names) < len(own):
         notes.append("experts are stored as this transformers names them; older ones may not find them")
     names = {name: names.get(name, name) for name in own}
-    files = write_folder(folder, _tensors(source, model, names, kind), source)
+    together = ((names[name], stack.read(source, partial(cast, dtype=kind))) for name, stack in fused.items())
+    files = write_folder(folder, chain(_tensors(plain, model, names, kind), together), source)
     files.append(write_config(source, folder, kind, None))
     tensors = read_back(folder, files)
+    places = {member: (name, k) for name, stack in fused.items() for k, member in enumerate(stack.members)}
+
+    def read(name: str) -> Tensor:
+        if name not in places:
+            return tensors.read(names[name])
+        stack, expert = places[name]
+        return fused[stack].part(tensors.read(names[stack]), expert)
 
     def weight(name: str) -> Float[np.ndarray, "o i"]:
-        stored = tensors.read(names[f"{name}.weight"]).flatten(1).float()
-        return np.asarray(stored.T if is_conv1d(model.get_submodule(name)) else stored)
+        stored = read(f"{name}.weight").flatten(1).float()
+        return np.asarray(stored.T if name in plain.layers and is_conv1d(model.get_submodule(name)) else stored)
 
     def bound(name: str) -> Float[np.ndarray, "o i"]:
         return value_bound(np.asarray(source.weight(name).dequantize()), kind)
 
     return Written(
-        files, kind, weight, lambda name: tensors.read(names[name]) if name in names else None, bound,
+        files, kind, weight, lambda name: read(name) if name in names or name in places else None, bound,
         "transformers and what reads its folders", notes,
     )  # fmt: skip
 
