@@ -27,6 +27,7 @@ from allocation_searches import SEARCHES, searched, searches
 
 from dither.allocating import ALLOCATORS, CPTQUANT, allocator_named
 from dither.allocation.allocation import Allocation
+from dither.allocation.even import even
 from dither.allocation.problem import Problem, Solution
 from dither.allocation.solve import problem_of, solver_named
 from dither.allocation.table import SIZE, ScoreTable
@@ -77,25 +78,11 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def budget(scores: ScoreTable, bits: float) -> tuple[float, int, int]:
-    """Stored bits, and the places of the two formats around them."""
+def budget(scores: ScoreTable, bits: float) -> float:
+    """Stored bits: between those of the two formats around."""
     low, high = WIDTHS.index(math.floor(bits)), WIDTHS.index(math.ceil(bits))
     sizes = scores.costs[SIZE].sum(axis=0)
-    return float(sizes[low] + (bits - math.floor(bits)) * (sizes[high] - sizes[low])), low, high
-
-
-def even_mix(problem: Problem, low: int, high: int) -> list[int]:
-    """The larger format wherever the share of it so far lags behind the share that the budget allows."""
-    costs, most = problem.costs[SIZE], problem.budgets[SIZE]
-    least, extra = costs[:, low].sum(), costs[:, high] - costs[:, low]
-    share = (most - least) / extra.sum() if high > low else 0.0
-    taken, due, choice = 0.0, 0.0, []
-    for more in extra:
-        due += share * more
-        larger = high > low and taken + more / 2 <= due and least + taken + more <= most
-        taken += more * larger
-        choice.append(high if larger else low)
-    return choice
+    return float(sizes[low] + (bits - math.floor(bits)) * (sizes[high] - sizes[low]))
 
 
 def random_choice(problem: Problem, generator: random.Random) -> list[int]:
@@ -133,12 +120,12 @@ def choose(bench: Bench, job: dict[str, Any]) -> Allocation:
     """The allocation of a job."""
     calibration = 0 if job["allocator"] == "random" else job["seed"]
     scores = bench.table("error" if searches(job["allocator"]) else job["allocator"], calibration)
-    most, low, high = budget(scores, job["bits"])
+    most = budget(scores, job["bits"])
     if searches(job["allocator"]):
         return searched(bench, job["allocator"], calibration, most)
     problem = problem_of(scores, {SIZE: most})
     if job["allocator"] == "uniform":
-        choice: Sequence[int] = even_mix(problem, low, high)
+        choice: Sequence[int] = even(problem).choice
     elif job["allocator"] == "random":
         choice = random_choice(problem, random.Random(job["seed"]))
     else:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dither.allocation.even import even
 from dither.allocation.frontier import dynamic, frontier
 from dither.allocation.knapsack import knapsack
 from dither.allocation.lagrangian import hull, lagrangian
@@ -208,6 +209,29 @@ def test_the_monotone_solver_needs_an_order() -> None:
 def test_one_format_for_all_is_the_best_one_that_fits() -> None:
     problem = random_problem(0, room=0.55)
     assert set(uniform(problem).choice) == {1}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_even_mix_fills_the_budget_with_two_neighbouring_formats(seed: int) -> None:
+    problem = random_problem(seed, units=40, options=4, room=0.6)
+    choice = even(problem).choice
+    low, high = min(choice), max(choice)
+    assert problem.fits(choice) and high - low <= 1
+    whole = problem.costs["r0"].sum(axis=0)
+    assert whole[low] <= problem.budgets["r0"] < whole[low + 1]
+    extra = problem.costs["r0"][:, low + 1] - problem.costs["r0"][:, low]
+    wanted = (problem.budgets["r0"] - whole[low]) / extra.sum()
+    taken = np.cumsum(extra * (np.array(choice) > low))
+    assert np.abs(taken - wanted * np.cumsum(extra)).max() <= extra.max()
+
+
+def test_an_even_mix_at_the_size_of_a_format_is_that_format() -> None:
+    problem = random_problem(2)
+    exact = replace(problem, budgets={"r0": float(problem.costs["r0"][:, 1].sum())})
+    assert set(even(exact).choice) == {1}
+    nowhere = np.where(np.eye(8, 3, dtype=bool), np.inf, problem.scores)
+    with pytest.raises(InputError, match="no option fits"):
+        even(replace(problem, scores=nowhere))
 
 
 def test_tied_units_get_the_same_option_and_what_they_cost_together() -> None:

@@ -141,3 +141,16 @@ def test_a_beam_search_is_typed_like_any_allocator(run: Run, tiny_model: Path, c
     assert done.code == 0, done.err
     assert done.data["solver"] == "dp-beam" and done.data["size_bytes"] <= 20000
     assert "nothing else" in run(*common, "--accuracy", 0.9, "--by", "dp-beam").err
+
+
+def test_an_allocation_is_verified_beside_an_even_mix(
+    run: Run, tiny_model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    common = ("allocate", tiny_model, "--calibration", calibration, "--bits", 5.5, "--by", "error", *FORMATS)
+    done = run(*common, "--verify", "-o", "bits.yaml")
+    assert done.code == 0, done.err
+    said = yaml.safe_load((tmp_path / "bits.yaml").read_text())["facts"]["verified"]
+    assert 0 < said["kl"] < 1 and 0 < said["even_kl"] < 1
+    assert said["even_bits"] <= 5.5
+    word = "less than" if said["kl"] < said["even_kl"] else "no less than"
+    assert f"{word} the {said['even_kl']:.3g} of formats mixed evenly" in " ".join(done.out.split())

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from dither.allocation.allocation import Allocation
 from dither.allocation.clusters import clustered
+from dither.allocation.even import even
 from dither.allocation.frontier import dynamic
 from dither.allocation.knapsack import knapsack
 from dither.allocation.lagrangian import lagrangian
@@ -20,6 +21,7 @@ SOLVERS: dict[str, Solver] = {
     "dp": dynamic,
     "hawq-v2": monotone,
     "uniform": uniform,
+    "even": even,
     "pairwise": pairwise,
     "clusters": clustered,
 }

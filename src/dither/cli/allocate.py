@@ -76,9 +76,14 @@ Class = Annotated[
 Solver = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="milp, lagrangian, dp, hawq-v2, uniform, pairwise or clusters.", show_default=False
+        metavar="NAME", help="milp, lagrangian, dp, hawq-v2, uniform, even, pairwise or clusters.", show_default=False
     ),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Then run the model with the formats that were chosen, and with two formats mixed "
+                 "evenly at the same size, on another draw of the data: was it worth it?"),
+]  # fmt: skip
 Options = Annotated[
     str | None,
     typer.Option(metavar="FORMATS", help="Formats to choose from, such as int2:g64,int4:g64,int8:g64 "
@@ -117,6 +122,7 @@ def allocate(
     by: By = "fisher",
     classes: Class = None,
     solver: Solver = None,
+    verify: Verify = False,
     options: Options = None,
     method: Name = "rtn",
     skip: Skip = None,
@@ -164,16 +170,15 @@ def allocate(
             "length": length, "batch_size": batch_size, "device": chosen_device(device),
             "workers": workers, "engine": engine, "ray_address": ray_address,
         }  # fmt: skip
-        with going_on(folder), terminal.progress(by) as progress:
-            how["progress"] = progress
+        with going_on(folder), terminal.progress(by) as how["progress"]:
             if accuracy is not None:
                 table, found = _to_accuracy(model, calibration, accuracy, by, how)
             elif apart or by.partition("+")[0] == "dp-beam":
                 table, found = _searched(model, calibration, by, apart, wanted, most, how)
             else:
-                budget: dict[str, Any] = {"size": most, "limits": limits, "by": by, "solver": solver}
-                table, found = _within(model, calibration, wanted, budget, how)
-        _show(terminal, table, found, _write(table, found, files), (model, calibration, method))
+                table, found = _within(model, calibration, wanted, how, size=most, limits=limits, by=by, solver=solver)
+            found, verdicts = _verified(model, calibration, table, found, how) if verify else (found, [])
+        _show(terminal, table, found, _write(table, found, files), (model, calibration, method), verdicts)
 
 
 def _check_asked(accuracy: float | None, bits: str | None, most: float | None, limits: Any, solver: str | None) -> None:
@@ -201,7 +206,7 @@ def _classes(by: str, texts: list[str], *, asked: bool) -> dict[str, str]:
 
 
 def _within(
-    model: str, calibration: str, wanted: list[float | None], budget: dict[str, Any], how: dict[str, Any]
+    model: str, calibration: str, wanted: list[float | None], how: dict[str, Any], **budget: Any
 ) -> tuple[Any, list[Any]]:
     """The table and an allocation for each number of bits."""
     from dither import allocating
@@ -209,6 +214,16 @@ def _within(
 
     table = measure(model, allocating.allocator_named(budget["by"]).sensitivity, calibration, **how)
     return table, [allocating.allocate(table, bits=one, **budget) for one in wanted]
+
+
+def _verified(
+    model: str, calibration: str, table: Any, found: list[Any], how: dict[str, Any]
+) -> tuple[list[Any], list[Any]]:
+    """The allocations with what they do to predictions, and what that says."""
+    from dither.verifying import verified
+
+    pairs = [verified(model, calibration, table, one, **how) for one in found]
+    return [one for one, _ in pairs], [verdict for _, verdict in pairs]
 
 
 def _searched(
@@ -302,13 +317,17 @@ def _write(table: Any, found: list[Any], files: dict[float | str | None, Path]) 
     return [str(path) for path in files.values()]
 
 
-def _show(terminal: Terminal, table: Any, found: list[Any], files: list[str], asked: tuple[str, str, str]) -> None:
+def _show(
+    terminal: Terminal, table: Any, found: list[Any], files: list[str], asked: tuple[str, str, str], verdicts: list[Any]
+) -> None:
     from dither.report.allocation import allocation_rows, option_rows
 
     data = [one.to_data() for one in found]
     terminal.show({"allocations": data, "files": files} if len(found) > 1 else {**data[0], "files": files})
     terminal.table(option_rows(table, found[-1]), "Formats", ("Bits", "Score", "± "), ("± ",))
     terminal.table(allocation_rows(found), "Allocations")
+    for verdict in verdicts:
+        terminal.line(verdict.text())
     for path in files:
         terminal.line(f"saved in {path}")
     if files:
