@@ -96,3 +96,13 @@ def test_inputs_in_torch_s_encoder_are_quantized_though_it_has_a_call_that_reads
     with torch.no_grad():
         quantized(batch)
     assert called == [16, 32, 16, 32]
+
+
+def test_layers_with_outliers_are_one_kind_whatever_their_number(tiny: Callable[..., Any]) -> None:
+    network = tiny()
+    result = dither.quantize(network.model, "squeezellm", [network.batch(4)])
+    rows = [row for row in result.report.data["coverage"] if row["status"] == "quantized"]
+    counts = {m.packed.layout.outliers for m in result.model.modules() if hasattr(m, "packed")}
+    assert len(counts - {None}) > 1
+    plain = "weights nuq4:channel"  # a small layer may have none
+    assert {row["reason"] for row in rows} <= {plain, f"{plain}; outliers kept apart"}

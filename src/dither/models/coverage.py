@@ -42,7 +42,7 @@ def coverage(model: nn.Module, kept: Mapping[str, str], remarks: Mapping[str, st
 def _quantized(name: str, module: QuantizedLinear | QuantizedConv2d, remarks: Mapping[str, str]) -> list[str]:
     layout = module.packed.layout
     words = [f"weights {layout.spec}"]
-    words += [] if layout.outliers is None else [f"{layout.outliers} outliers"]
+    words += [] if layout.outliers is None else ["outliers kept apart"]  # how many is in the structure, by layer
     words += [] if layout.low_rank is None else [f"correction of rank {layout.low_rank[0]} in {layout.low_rank[1]}"]
     return words + ([remarks[name]] if name in remarks else [])
 
