@@ -43,6 +43,7 @@ PRUNING = {
     "udfc, bias corrected": "udfc+bias_correct=true",
     "udfc-corrected": "udfc-corrected",
 }
+PARTS = ("methods", "folding", "front", "pruning")
 SHARES = (0.0, 0.1, 0.2, 0.3)
 BITS = (3, 4, 5, 6)  # of the uniform models whose sizes the front has to beat
 
@@ -54,7 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data")
     parser.add_argument("--merge", nargs="+", type=Path, help="results of earlier calls, instead of running")
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
-    parser.add_argument("--parts", nargs="+", default=["methods", "folding", "front", "pruning"])
+    parser.add_argument("--parts", nargs="+", default=PARTS)
     parser.add_argument("--front-bits", nargs="+", type=int, default=BITS, help="whose sizes the front is held against")
     parser.add_argument("--methods", nargs="+", help="labels; all by default")
     parser.add_argument("--seeds", type=int, default=5)
@@ -302,7 +303,14 @@ def in_order(known: dict[str, Any]) -> dict[str, Any]:
 
     def place(run: dict[str, Any]) -> tuple[Any, ...]:
         method = names.index(run["method"]) if run["method"] in names else len(names)
-        return run["model"], run["part"], settings.index(run["setting"]), method, run["method"], run["seed"]
+        return (
+            run["model"],
+            PARTS.index(run["part"]),
+            settings.index(run["setting"]),
+            method,
+            run["method"],
+            run["seed"],
+        )
 
     return {**known, "runs": sorted(known["runs"], key=place)}
 

@@ -9,7 +9,7 @@ def table(known: dict[str, Any]) -> str:
     lines = ["# Methods on ConvNets", "", *_describe(known)]
     for model in dict.fromkeys(run["model"] for run in known["runs"]):
         mine = [run for run in known["runs"] if run["model"] == model]
-        lines += ["", f"## {model}: {len({run['seed'] for run in mine})} draws, full precision {_fp(mine)}"]
+        lines += ["", f"## {model}: up to {len({run['seed'] for run in mine})} draws, full precision {_fp(mine)}"]
         lines += _grid("Top-1 in percent", [run for run in mine if run["part"] in ("methods", "folding")])
         lines += _front_table([run for run in mine if run["part"] == "front"])
         lines += _grid(
@@ -27,41 +27,43 @@ def _fp(runs: list[dict[str, Any]]) -> str:
 def _grid(title: str, runs: list[dict[str, Any]]) -> list[str]:
     if not runs:
         return []
-    settings = list(dict.fromkeys(run["setting"] for run in runs))
-    lines = ["", f"### {title}", "", "| method | " + " | ".join(map(_short, settings)) + " | seconds |"]
-    lines += ["|---" * (len(settings) + 2) + "|"]
+    settings, devices = (list(dict.fromkeys(run[key] for run in runs)) for key in ("setting", "device"))
+    head = ["method", *map(_short, settings), *(f"seconds, {device}" for device in devices)]
+    lines = ["", f"### {title}", "", *_head(head)]
     for method in dict.fromkeys(run["method"] for run in runs):
         rows = [run for run in runs if run["method"] == method]
         cells = [_spread([100 * run["top1"] for run in rows if run["setting"] == setting]) for setting in settings]
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {_mean(rows, 'time_s'):.1f} |")
+        seconds = [_mean([run for run in rows if run["device"] == device], "time_s") for device in devices]
+        lines.append("| " + " | ".join([method, *cells, *seconds]) + " |")
     return lines
+
+
+def _head(titles: list[str]) -> list[str]:
+    return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
 
 
 def _front_table(runs: list[dict[str, Any]]) -> list[str]:
     if not runs:
         return []
     lines = ["", "### ZeroQ's front against the same bits everywhere, activations in 8 bits, no data", ""]
-    head = [
-        "uniform bits",
-        "size, MB",
-        "uniform",
-        "ZeroQ at this size",
-        "its size, MB",
-        "seconds",
-        "of these distilling",
-    ]
-    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    devices = list(dict.fromkeys(run["device"] for run in runs))
+    head = ["uniform bits", "size, MB", "uniform", "ZeroQ at this size", "its size, MB"]
+    lines += _head([*head, *(f"{what}, {device}" for device in devices for what in ("seconds", "of these distilling"))])
     for setting in dict.fromkeys(run["setting"] for run in runs):
         rows = [run for run in runs if run["setting"] == setting]
         same = [run for run in rows if run["method"] != "zeroq"]
         own = [run for run in rows if run["method"] == "zeroq"]
         if not same or not own:
             continue
-        lines.append(
-            f"| {setting.split('/')[0].removeprefix('int')} | {_mean(same, 'size_bytes') / 1e6:.3f} | "
-            f"{_spread([100 * run['top1'] for run in same])} | {_spread([100 * run['top1'] for run in own])} | "
-            f"{_mean(own, 'size_bytes') / 1e6:.3f} | {_mean(own, 'time_s'):.1f} | {_mean(own, 'distillation_s'):.1f} |"
-        )
+        top1 = [_spread([100 * run["top1"] for run in part]) for part in (same, own)]
+        sizes = [f"{statistics.fmean(run['size_bytes'] for run in part) / 1e6:.3f}" for part in (same, own)]
+        seconds = [
+            _mean([run for run in own if run["device"] == device], key)
+            for device in devices
+            for key in ("time_s", "distillation_s")
+        ]
+        bits = setting.split("/")[0].removeprefix("int")
+        lines.append("| " + " | ".join([bits, sizes[0], *top1, sizes[1], *seconds]) + " |")
     return lines
 
 
@@ -73,9 +75,9 @@ def _pruned(runs: list[dict[str, Any]]) -> list[str]:
     return lines + [f"| {r['setting']} | {r['size_bytes'] / 1e6:.3f} | {r['forward_s']:.2f} |" for r in rows]
 
 
-def _mean(runs: list[dict[str, Any]], key: str) -> float:
+def _mean(runs: list[dict[str, Any]], key: str) -> str:
     values = [run[key] for run in runs if run[key] is not None]
-    return statistics.fmean(values) if values else float("nan")
+    return f"{statistics.fmean(values):.1f}" if values else "–"
 
 
 def _short(setting: str) -> str:
@@ -97,7 +99,8 @@ def _describe(known: dict[str, Any]) -> list[str]:
         f"distilled in {_of(runs, 'steps')} steps from the model alone for zeroq and where the row says so. Batch "
         "normalizations are folded unless the row says otherwise; the input of the first layer stays in full "
         f"precision. Written by `benchmarks/cnn_methods.py` on {_of(runs, 'device')}, "
-        f"torch {known['facts'].get('torch')}; seconds are of the whole quantization."
+        f"torch {known['facts'].get('torch')}; seconds are of the whole quantization, beside other runs on the "
+        "same machine."
     ]
 
 

@@ -106,3 +106,12 @@ def test_a_chain_with_a_kept_layer_is_left_alone_and_says_why(tiny: Callable[...
     source = skipped.replace("layer.1", "layer.0")
     assert f"not pruned: {skipped} stays in full precision" in reasons[source]
     assert source not in [row["name"] for row in result.report.data["pruning"]["layers"]]
+
+
+def test_the_report_names_chains_that_the_ridge_shrinks(tiny: Callable[..., Any]) -> None:
+    network = tiny("MobileNetV2ForImageClassification")
+    settled(network.model)
+    for method, expected in ((UDFC(ridge=1e3), True), (parse_method("udfc-corrected", {"weights": "int8"}), False)):
+        report = dither.quantize(network.model, method, network.batch(2)).report.data
+        reasons = [row["reason"] for row in report["coverage"] if "channels are left" in str(row["reason"])]
+        assert reasons and all(("udfc-corrected avoids" in reason) == expected for reason in reasons)

@@ -65,3 +65,14 @@ def test_sums_of_batches_are_those_of_the_whole_and_dead_columns_do_no_harm() ->
     rounded, _ = round_by_columns_in_groups(weight[:, :4], dead, grid, 4, 0.01)
     assert bool(rounded.isfinite().all())
     assert dead.rows == 40
+
+
+@pytest.mark.parametrize("ones", [True, False])
+def test_many_rows_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch, ones: bool) -> None:
+    _, seen, x, whole = made(3, 2, 4, ones)
+    monkeypatch.setattr("dither.statistics.grouped_gram._PART", 7 * seen.shape[1])
+    parts = GroupedGram.of(seen, 3, x, ones)
+    for name in ("quantized", "cross", "original"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+    same = GroupedGram.of(seen, 3, None, ones)
+    torch.testing.assert_close(same.original, whole.quantized)

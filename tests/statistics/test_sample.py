@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dither.errors import ShapeError
-from dither.statistics.sample import RowSample
+from dither.statistics.sample import RowSample, _hash
 
 
 def drawn(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -76,3 +76,15 @@ def test_rows_of_half_precision_values_are_spread_too() -> None:
 def test_rows_of_another_length_do_not_merge() -> None:
     with pytest.raises(ShapeError, match="merging samples of 2 and 3 columns"):
         RowSample.of(drawn(4, 2)).merge(RowSample.of(drawn(4, 3)))
+
+
+@pytest.mark.parametrize("columns", [1, 7, 1024, 2500])
+def test_hash_is_the_polynomial_of_the_bits(columns: int) -> None:
+    rows = torch.randn(9, columns, generator=torch.Generator().manual_seed(columns)) * 1e3
+    expected = []
+    for row in rows.view(torch.int32).tolist():
+        value = 0
+        for bits in row:
+            value = (value * 1_000_003 + bits) % (2**31 - 1)
+        expected.append(value * 48271 % (2**31 - 1))
+    assert _hash(rows).tolist() == expected

@@ -19,6 +19,7 @@ RoundMode = Literal["nearest", "floor", "ceil"]
 Columns = slice | Int[Tensor, " n"]
 EVERY = slice(None)
 _ROUND = {"nearest": torch.round, "floor": torch.floor, "ceil": torch.ceil}
+_ROUND_IN_PLACE = {"nearest": torch.round_, "floor": torch.floor_, "ceil": torch.ceil_}
 
 
 def highest_code(spec: QuantSpec) -> int:
@@ -51,17 +52,17 @@ def encode(
     mode: RoundMode = "nearest",
 ) -> Float[Tensor, "*n"]:
     """Codes as floats; a real zero-point is added before the rounding (SpQR, HQQ), an integer one after it."""
-    rounder, steps = _ROUND[mode], x / scale
+    rounder, steps = _ROUND_IN_PLACE[mode], x / scale  # fresh memory costs more than the arithmetic
     whole = spec.zero_point != "real" and spec.bits > 1
-    codes = rounder(steps) + zero_point if whole else rounder(steps + zero_point)
-    return codes.clamp(lowest_code(spec), highest_code(spec))
+    codes = rounder(steps).add_(zero_point) if whole else rounder(steps.add_(zero_point))
+    return codes.clamp_(lowest_code(spec), highest_code(spec))
 
 
 def decode(
     codes: Float[Tensor, "*n"], scale: Float[Tensor, "*#n"], zero_point: Float[Tensor, "*#n"]
 ) -> Float[Tensor, "*n"]:
     """scale * (code - zero_point)."""
-    return scale * (codes - zero_point)
+    return (codes - zero_point).mul_(scale)
 
 
 @dataclass(frozen=True)

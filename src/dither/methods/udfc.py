@@ -37,6 +37,8 @@ from dither.nn.batchnorm import FoldedNorm
 from dither.solvers.absorption import Filters, absorbed, absorption, selection
 from dither.walk import Block
 
+_OWN_SHARE = 0.9  # median coefficient of a kept channel for itself, below which the report says so
+
 
 class UDFC(Method):
     """Pruning and rounding, absorbed by the next layer; needs no data where activations are kept."""
@@ -101,6 +103,7 @@ class UDFC(Method):
         facts: dict[str, Any] = {"readers": list(chain.readers)}
         if self.absorb:
             coefficients = self.coefficients(model, chain, kept)
+            facts["own_share"] = float(coefficients[kept, torch.arange(len(kept))].median())
         else:
             coefficients = selection(kept, len(weight))
         means = None
@@ -192,6 +195,10 @@ def _offsets(model: nn.Module, name: str, weight: Float[Tensor, "o i"]) -> Float
 
 def _remark(chain: ChannelChain, damage: Damage) -> str:
     text = f"{len(damage.kept)} of {damage.before} channels are left; absorbed by {', '.join(chain.readers)}"
+    if damage.facts.get("own_share", 1.0) < _OWN_SHARE:  # filters are short beside an absolute ridge
+        text += (
+            f"; the ridge draws channels to {damage.facts['own_share']:.2f} of themselves, which udfc-corrected avoids"
+        )
     return text if "bias" not in damage.facts else f"{text}; bias {damage.facts['bias']}"
 
 

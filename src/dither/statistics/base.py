@@ -28,7 +28,7 @@ def as_rows(x: Float[Tensor, "*b d"]) -> Float[Tensor, "n d"]:
     """
     rows = x.detach().reshape(-1, x.shape[-1])
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    if not bool(torch.isfinite(rows).all()):
+    if rows.numel() and not all(bool(torch.isfinite(x)) for x in torch.aminmax(rows)):  # both are NaN where any is
         count = int((~torch.isfinite(rows)).sum())
         raise NonFiniteError(f"activations hold {count} NaN or Inf among {rows.numel()} values")
     return rows

@@ -9,7 +9,7 @@ from torch import Tensor
 from dither.errors import ShapeError
 from dither.statistics.base import as_rows
 
-_ELEMENTS = 2**24  # of a product's factors in float64 at a time
+_PART = 2**18  # values of a product's factors at a time, which stay in the cache
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,18 @@ class GroupedGram:
         if seen.shape[1] % groups:
             raise ShapeError(f"{seen.shape[1]} columns are not those of {groups} groups")
         width = seen.shape[1] // groups
-        step = max(1, _ELEMENTS // max(1, len(seen) * width))
-        parts = []
-        for first in range(0, groups, step):
-            columns = slice(first * width, (first + step) * width)
-            left = _by_group(seen[:, columns], width, ones)
-            right = left if original is None else _by_group(true[:, columns], width, ones)
-            gram = left.mT @ left
-            parts.append((gram, gram, gram) if original is None else (gram, left.mT @ right, right.mT @ right))
-        joined = [torch.cat([part[place] for part in parts]) for place in range(3)]
-        return cls(joined[0], joined[1], joined[2], len(seen))
+        step = max(1, _PART // max(1, seen.shape[1]))
+        size = (1 if original is None else 3, groups, width + ones, width + ones)
+        sums = seen.new_zeros(size, dtype=torch.float64)
+        for first in range(0, len(seen), step):
+            rows = slice(first, first + step)
+            left = _by_group(seen[rows], width, ones)
+            sums[0] += left.mT @ left
+            if original is not None:
+                right = _by_group(true[rows], width, ones)
+                sums[1] += left.mT @ right
+                sums[2] += right.mT @ right
+        return cls(sums[0], sums[len(sums) // 2], sums[-1], len(seen))
 
     def merge(self, other: "GroupedGram") -> "GroupedGram":
         """Sums over both."""
