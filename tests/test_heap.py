@@ -1,10 +1,13 @@
 """Memory that was freed goes back to the system."""
 
 import ctypes
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dither import heap
 
@@ -29,3 +32,32 @@ def test_gaps_between_tensors_in_use_are_given_back() -> None:
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     heap.give_back_freed()
+
+
+def test_pages_of_a_mapped_file_are_given_back_and_hold_what_they_held(tmp_path: Path) -> None:
+    save_file({"weight": torch.arange(2**22, dtype=torch.float32)}, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        weight = file.get_tensor("weight")
+        other = weight[: 2**19]
+        if not any(start <= weight.data_ptr() < stop for start, stop in heap._mapped_files()):
+            pytest.skip("read, not mapped")
+        other.mul_(2)  # pages of our own: they are not the file's any more
+        total, process = float(weight.double().sum()), psutil.Process()
+        before = process.memory_info().rss
+        heap.give_back_mapped(heap.ranges_of([weight]))
+        given = before - process.memory_info().rss
+        assert float(weight.double().sum()) == total
+        if given <= 0:
+            pytest.skip("a kernel that does not know the request")
+        assert given > 2**23  # of 14 MiB
+
+
+def test_memory_without_a_file_keeps_its_pages() -> None:
+    tensor = torch.ones(2**22)
+    heap.give_back_mapped(heap.ranges_of([tensor, torch.ones(0)]))
+    assert bool((tensor == 1).all())
+
+
+def test_another_system_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(heap, "_MAPS", tmp_path / "nothing")
+    heap.give_back_mapped([(0, 2**30)])

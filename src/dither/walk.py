@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dither.engine.team import ALONE, S, Team
 from dither.errors import InputError, NonFiniteError
 from dither.formats.qtensor import QTensor
-from dither.heap import give_back_freed
+from dither.heap import give_back_freed, give_back_mapped, ranges_of
 from dither.models.anatomy import Anatomy, Unit
 from dither.models.forward import Stream, layer_inputs, suspended_at
 from dither.models.gradients import Gradients
@@ -307,7 +307,7 @@ def _visit(
     last: bool,
 ) -> Iterator[Block]:
     module, holder = model.get_submodule(unit.name), unit.name.rpartition(".")[0]
-    reference = _reference(module)
+    reference, read = _reference(module), ranges_of(module.parameters())
     outputs = {"fp": streams["fp"].outputs(reference)} if "fp" in streams else {}
     if restore(unit):
         module = model.get_submodule(unit.name)
@@ -321,6 +321,7 @@ def _visit(
         block.reference = module  # the method still holds the block when the next one is read
     del reference
     give_back_freed()
+    give_back_mapped(read)
     if last:
         return
     if "fp" in streams:
