@@ -13,7 +13,7 @@ from torch import nn
 from dither.allocation.allocation import Allocation
 from dither.allocations import allocated, kept_promise, read_allocation
 from dither.data import DataSet, open_data
-from dither.data.calibration import LENGTH, prepare_calibration
+from dither.data.calibration import LENGTH, Calibration, prepare_calibration
 from dither.distilled import DISTILLED, calibration_without_data
 from dither.engine.local import Engine
 from dither.engine.opened import opened, team_of
@@ -217,11 +217,18 @@ def begin(
         run = Run(network, method, pictures, progress, team, foresee)
         run.facts |= {"distilled": facts} if facts else {}
         return run, None
-    data = prepare_calibration(
+    data = draw(network, source, count, seed, batch_size, length)
+    return Run(network, method, data, progress, team, foresee), source
+
+
+def draw(
+    network: Network, source: Any, count: int | None, seed: int, batch_size: int, length: int | None
+) -> Calibration:
+    """Samples of calibration data for a network; of tensors and ready batches every draw is the same."""
+    return prepare_calibration(
         source, network.processor, network.channels, count, seed, batch_size, network.device, network.tokenizer,
         min(LENGTH, network.context) if length is None else length,
     )  # fmt: skip
-    return Run(network, method, data, progress, team, foresee), source
 
 
 def load(

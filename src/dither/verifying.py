@@ -47,8 +47,8 @@ def verified(
 ) -> tuple[Allocation, Verdict]:
     """The allocation with what it does to predictions among its facts, under `verified`.
 
-    `how` is as in `measure` when the table was made, so that weights are those of `method`; the samples are another
-    draw than those of the scores (the next seed's), of the same data.
+    `how` is as in `measure` when the table was made, so that weights are those of `method`, solved on the same samples;
+    they are judged on a draw that neither weights nor scores have seen (the seed after the next) of the same data.
     """
     places = {str(option): place for place, option in enumerate(table.options)}
     choice = tuple(places[str(allocation.units[unit.name])] for unit in table.units)
@@ -57,7 +57,7 @@ def verified(
     problem = Problem(table.scores, costs, {SIZE: size})
     rival = _rival(problem)
     wanted = tuple(dict.fromkeys([choice] if rival is None else [choice, rival]))
-    asked = dict(how) | {"seed": how.get("seed", 0) + 1}
+    asked = dict(how) | {"judge_seed": how.get("seed", 0) + 2}
     found: Mapping[tuple[int, ...], float] = dict(
         zip(wanted, measure(model, Judge(wanted), calibration, **asked).facts["kl"], strict=True)
     )
@@ -66,7 +66,12 @@ def verified(
         None if rival is None else found[rival],
         None if rival is None else problem.spent(rival)[SIZE] / table.parameters,
     )  # fmt: skip
-    seen = {"kl": verdict.allocation, "even_kl": verdict.even, "even_bits": verdict.even_bits, "seed": asked["seed"]}
+    seen = {
+        "kl": verdict.allocation,
+        "even_kl": verdict.even,
+        "even_bits": verdict.even_bits,
+        "judge_seed": asked["judge_seed"],
+    }
     return replace(allocation, facts={**allocation.facts, "verified": seen}), verdict
 
 

@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from tests.cli.conftest import Run, error_line
 
 from dither.cli.options import read_bytes
 from dither.errors import InputError
+from dither.sensitivities.base import Measured, Probe
+from dither.sensitivity import measure
 
 FORMATS = ("--options", "int2:channel,int4:channel,int8:channel")
 
@@ -154,3 +159,26 @@ def test_an_allocation_is_verified_beside_an_even_mix(
     assert said["even_bits"] <= 5.5
     word = "less than" if said["kl"] < said["even_kl"] else "no less than"
     assert f"{word} the {said['even_kl']:.3g} of formats mixed evenly" in " ".join(done.out.split())
+
+
+def test_solved_weights_are_judged_on_other_samples_than_they_were_solved_on(
+    tiny_model: Path, calibration: Path
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Watch:
+        name: ClassVar[str] = "watch"
+        about: ClassVar[str] = "notes the samples"
+
+        def measure(self, probe: Probe) -> Measured:
+            assert probe.solved_on is not None
+            seen.append((probe.batches[0], probe.solved_on[0]))
+            return Measured(np.zeros((len(probe.units), len(probe.options))))
+
+    for method, judge in (("rtn", None), ("gptq", None), ("gptq", 5), ("gptq", 0)):
+        measure(tiny_model, Watch(), calibration, method=method, options=["int4:channel"], count=4, judge_seed=judge)
+    own = seen[0][0]
+    assert all(torch.equal(solved_on, own) for _, solved_on in seen)
+    assert torch.equal(seen[3][0], own)
+    judged = [one for one, _ in seen[:3]]
+    assert not any(torch.equal(judged[a], judged[b]) for a, b in ((0, 1), (0, 2), (1, 2)))

@@ -41,6 +41,11 @@ def one_sample(batch: Any) -> tuple[Any, int]:
     return tuple(part[:1] for part in parts) if isinstance(batch, tuple | list) else batch[:1], sizes.pop()
 
 
+def is_drawn(data: Any) -> bool:
+    """Whether samples of it are drawn, by a seed; else they are the same whatever the seed."""
+    return isinstance(data, TextSet | ImageSet)
+
+
 def prepare_calibration(
     data: Any,
     processor: ImageProcessor | None,

@@ -81,7 +81,8 @@ class Probe:
 
     `able[u, p]` says which options a unit can have. Whoever measures leaves the network as it was. `engine` runs the
     probes; a copy of the network goes to each of its workers, as a pickled probe keeps nothing and tells nobody.
-    Weights become the codes that are `solved`, else the nearest ones.
+    Weights become the codes that are `solved`, else the nearest ones. What solves them reads the batches `solved_on`
+    where these are given: judged on those, weights seem better than they are.
     """
 
     network: Network
@@ -95,6 +96,7 @@ class Probe:
     progress: Progress | None = None
     engine: Engine = field(default_factory=InProcess)
     solved: Solved | None = None
+    solved_on: Sequence[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "kept": Kept(None), "progress": None, "engine": InProcess()}
@@ -138,10 +140,11 @@ class Probe:
             self.say(f"weights by {self.solved.method.name}", number + 1, len(self.anatomy.units))
 
     def blocks(self) -> Iterator[Block]:
-        """A walk over the full-precision network."""
+        """A walk over the full-precision network, on what weights are solved on."""
         network = self.network
         with network.by_hand([unit.name for unit in self.anatomy.units]):
-            yield from walk(network.model, self.anatomy, network.run, self.batches, "fp", load=network.load)
+            batches = self.batches if self.solved_on is None else self.solved_on
+            yield from walk(network.model, self.anatomy, network.run, batches, "fp", load=network.load)
 
     def codes(self, name: str, place: int) -> QTensor:
         """A layer's weight as an option that changes weights."""
