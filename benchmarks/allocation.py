@@ -53,7 +53,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=BASELINES)
     parser.add_argument(
         "--allocators", nargs="*", default=[*ALLOCATORS, *SOLVED, *SEARCHES],
-        help="settings may follow: kl+symmetric=true; with +method=gptq scores are of GPTQ's weights, for GPTQ only",
+        help="settings may follow: kl+symmetric=true; with +method=gptq scores are of GPTQ's weights, for GPTQ only, "
+        "and with +judged=same of the samples that it was given",
     )  # fmt: skip
     parser.add_argument("--format", help="with {bits} in it (default: groups of 64 for text, channels for pictures)")
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws")

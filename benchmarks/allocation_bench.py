@@ -14,6 +14,7 @@ from dither.models.network import open_network
 from dither.sensitivity import measure
 
 BASELINES = ("uniform", "random")
+SAME = "judged=same"  # in a label: scores are of the samples that the solver was given, which flatter its weights
 WIDTHS = (2, 3, 4, 5, 6, 8)
 TEXT, PICTURES = "int{bits}:g64:asym:minmax", "int{bits}:channel:asym:percentile"
 
@@ -29,17 +30,19 @@ class Bench:
         self.exam = open_exam(network, given.evaluation, given.count).answered_by(network)
         self.format = given.format or (TEXT if self.text else PICTURES)
         self.options = [self.format.format(bits=bits) for bits in WIDTHS]
-        self.tables: dict[tuple[str, str, int], ScoreTable] = {}
+        self.tables: dict[tuple[str, str, int, bool], ScoreTable] = {}
 
     def table(self, allocator: str, seed: int) -> ScoreTable:
         """Measured, or read where it was kept."""
         name, scored = scored_by("error" if allocator in BASELINES else allocator)
         sensitivity = allocator_named(name).sensitivity
-        key = sensitivity, scored, seed
+        same = SAME in allocator.split("+")
+        key = sensitivity, scored, seed, same
         if key not in self.tables:
             self.tables[key] = measure(
-                self.given.model, sensitivity, self.given.calibration, method=scored, **self.asked(seed)
-            )
+                self.given.model, sensitivity, self.given.calibration, method=scored,
+                judge_seed=seed if same else None, **self.asked(seed),
+            )  # fmt: skip
         return self.tables[key]
 
     def asked(self, seed: int) -> dict[str, Any]:
@@ -67,6 +70,6 @@ class Bench:
 
 def scored_by(label: str) -> tuple[str, str]:
     """An allocator with its settings, and the method whose weights its scores are of."""
-    parts = label.split("+")
+    parts = [part for part in label.split("+") if part != SAME]
     methods = [part.removeprefix("method=") for part in parts if part.startswith("method=")]
     return "+".join(part for part in parts if not part.startswith("method=")), methods[-1] if methods else "rtn"

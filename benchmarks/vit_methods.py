@@ -20,6 +20,7 @@ import json
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,22 +208,23 @@ def table(runs: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     settings = list(dict.fromkeys(run["setting"] for run in runs))
     for model in dict.fromkeys(run["model"] for run in runs):
         mine = [run for run in runs if run["model"] == model]
-        draws = len({run["seed"] for run in mine})
-        lines += ["", f"## {model}: full precision {100 * mine[0]['fp_top1']:.2f} %, {draws} calibration draws", ""]
-        lines += [
-            "| method | "
-            + " | ".join(_short(setting) for setting in settings)
-            + f" | bits at {_short(settings[-1])} | seconds |"
-        ]
-        lines += ["|---" * (len(settings) + 3) + "|"]
+        lines += ["", f"## {model}: full precision {100 * mine[0]['fp_top1']:.2f} %", ""]
+        head = ["method", *map(_short, settings), "draws", f"bits at {_short(settings[-1])}", "seconds"]
+        lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for method in dict.fromkeys(run["method"] for run in mine):
             rows = [run for run in mine if run["method"] == method]
             cells = [_spread([100 * run["top1"] for run in rows if run["setting"] == setting]) for setting in settings]
             last = [run["bits_per_weight"] for run in rows if run["setting"] == settings[-1]]
             bits = f"{statistics.fmean(last):.2f}" if last else ""
-            seconds = statistics.fmean(run["time_s"] for run in rows)
-            lines.append(f"| {method} | " + " | ".join(cells) + f" | {bits} | {seconds:.1f} |")
+            seconds = statistics.median(run["time_s"] for run in rows)
+            lines.append(f"| {method} | " + " | ".join(cells) + f" | {_draws(rows)} | {bits} | {seconds:.1f} |")
     return "\n".join(lines) + "\n"
+
+
+def _draws(rows: list[dict[str, Any]]) -> str:
+    """How many draws the settings have, or from how many to how many."""
+    counts = sorted(Counter(run["setting"] for run in rows).values())
+    return f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
 
 
 def _short(setting: str) -> str:
@@ -241,8 +243,8 @@ def _describe(facts: dict[str, Any]) -> list[str]:
     return [
         f"Top-1 in percent on {facts['count']} pictures, {facts['samples']} calibration pictures, mean ± standard "
         f"deviation over the draws. Quantized: {facts['rules']}. Written by "
-        f"`benchmarks/vit_methods.py` on {facts['device']}, torch {facts['torch']}; seconds are per quantization, "
-        f"{facts['workers']} at a time.",
+        f"`benchmarks/vit_methods.py` on {facts['device']}, torch {facts['torch']}; seconds are per quantization "
+        f"(median), {facts['workers']} at a time.",
     ]
 
 
