@@ -13,6 +13,7 @@ import platform
 import statistics
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ def main() -> None:
     path = given.out.with_suffix(".json")
     rows = json.loads(path.read_text())["rows"] if given.merge and path.is_file() else []
     for folder in given.models:
-        for name in given.formats:
-            rows = [row for row in rows if (row["model"], row["format"]) != (folder.name, name)]
-            rows.append(measure(folder, name, given))
+        for name, sums in product(given.formats, (False, True) if has_convolutions(folder) else (False,)):
+            key = folder.name, name, "integers" if sums else "floats"
+            rows = [row for row in rows if (row["model"], row["format"], row.get("sums", "floats")) != key]
+            rows.append(measure(folder, name, sums, given))
             given.out.parent.mkdir(parents=True, exist_ok=True)
             machine = {"processor": platform.processor() or platform.machine(), "threads": given.threads}
             versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
@@ -57,24 +59,31 @@ def main() -> None:
             given.out.with_suffix(".md").write_text(table(rows, given.threads))
 
 
-def measure(folder: Path, name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Quantize, export, compare answers, measure speed."""
+def measure(folder: Path, name: str, sums: bool, given: argparse.Namespace) -> dict[str, Any]:
+    """Quantize, export (with residual sums in integers or in floats), compare answers, measure speed."""
     with tempfile.TemporaryDirectory() as scratch:
         network = open_network(folder)
         result = dither.quantize(folder, METHODS[name], given.calibration, count=given.samples)
-        report = dither.export(result, "onnx-qdq", Path(scratch) / "int8", data=given.data)
+        calibration = given.calibration if sums else None
+        report = dither.export(result, "onnx-qdq", Path(scratch) / "int8", data=given.data, calibration=calibration)
         shape = shape_of(Path(scratch) / "int8" / FILE)
         trace(network.model.float().eval(), {"pixel_values": torch.zeros(2, *shape)}, Path(scratch) / "float")
         paths = [Path(scratch) / kind / FILE for kind in ("float", "int8")]
         return {
             "model": folder.name,
             "format": name,
+            "sums": "integers" if sums else "floats",
             "pictures": report["pictures"],
             "kernels": integer_kernels(paths[1]),
             "size_bytes": [path.stat().st_size for path in paths],
             "speed": {str(batch): ratio(paths, (batch, *shape), given) for batch in given.batches},
             "notes": report["notes"],
         }
+
+
+def has_convolutions(folder: Path) -> bool:
+    """Whether a network has more of them than one that cuts a picture into patches."""
+    return sum(isinstance(module, torch.nn.Conv2d) for module in open_network(folder).model.modules()) > 1
 
 
 def shape_of(path: Path) -> tuple[int, ...]:
@@ -107,10 +116,11 @@ def table(rows: list[dict[str, Any]], threads: int) -> str:
         f"Written by `benchmarks/onnx_int8.py`. Speed on {threads} thread(s) of a machine that does other work too,",
         "the two networks in turns; the factor is that of their least times, which are in brackets.",
         "",
-        "| model | format | top-1 in ONNX Runtime | simulated | same answers | of | file, float32 / integers | "
+        "| model | format | residual sums in | top-1 in ONNX Runtime | simulated | same answers | of "
+        "| file, float32 / integers | "
         + " | ".join(f"batch {batch}: times as fast" for batch in rows[0]["speed"])
         + " | integer kernels |",
-        "|---|---|---|---|---|---|---|" + "---|" * (len(rows[0]["speed"]) + 1),
+        "|---|---|---|---|---|---|---|---|" + "---|" * (len(rows[0]["speed"]) + 1),
     ]
     for row in rows:
         seen = row["pictures"]
@@ -120,7 +130,8 @@ def table(rows: list[dict[str, Any]], threads: int) -> str:
         sizes = " / ".join(f"{size / 1e6:.2f} MB" for size in row["size_bytes"])
         kernels = ", ".join(f"{count} {kind}" for kind, count in row["kernels"].items())
         lines.append(
-            f"| {row['model']} | {row['format']} | {100 * seen['top1']:.2f} | {100 * seen['simulated_top1']:.2f} | "
+            f"| {row['model']} | {row['format']} | {row.get('sums', 'floats')} | {100 * seen['top1']:.2f} "
+            f"| {100 * seen['simulated_top1']:.2f} | "
             f"{100 * seen['agreement']:.2f} % | {seen['count']} | {sizes} | {' | '.join(speeds)} | {kernels} |"
         )
     return "\n".join(lines) + "\n"

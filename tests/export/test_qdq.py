@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.cli.conftest import PROCESSOR, noise_pictures
 
 import dither
+from dither.data import load_processor, open_images
 from dither.errors import InputError, SpecError, StorageError
 from dither.export.graph import Graph
 from dither.export.qdq import integer_kernels, relative_difference
@@ -23,6 +24,7 @@ from dither.export.qdq_widths import narrow, nibbles
 from dither.export.tracing import open_graph, run_graph
 
 qdq, qdq_lowering = import_module("dither.export.qdq"), import_module("dither.export.qdq_lowering")
+qdq_sums = import_module("dither.export.qdq_sums")
 Tinies = Callable[..., Any]
 
 
@@ -71,6 +73,63 @@ def test_a_convolutional_network_with_folded_norms(tiny: Tinies, tmp_path: Path)
     assert any("its input is not quantized" in note for note in report["notes"])
     batch = network.batch(6, seed=3)
     assert relative_difference(answers(tmp_path / "onnx", batch), network.logits(batch, result.model).numpy()) < 0.05
+
+
+@pytest.mark.slow
+def test_residual_sums_are_integers_where_pictures_give_them_ranges(tiny: Tinies, tmp_path: Path) -> None:
+    network = tiny("ResNetForImageClassification")
+    result = saved(network, tmp_path / "resnet", 32)
+    pictures = noise_pictures(tmp_path / "pictures", seed=1, count=8)
+    plain = dither.export(result, "onnx-qdq", tmp_path / "plain")
+    report = dither.export(result, "onnx-qdq", tmp_path / "sums", calibration=pictures)
+    assert integer_kernels(tmp_path / "sums" / "model.onnx") == {"QLinearConv": 9, "QGemm": 1}
+    assert report["exact_layers"] >= plain["exact_layers"]
+    assert any("residual sums of convolutions have ranges" in note for note in report["notes"])
+    batch = next(open_images(pictures).pixel_batches(load_processor(tmp_path / "resnet"), 8))
+    assert relative_difference(answers(tmp_path / "sums", batch), answers(tmp_path / "plain", batch)) < 0.1
+    with pytest.raises(InputError, match="gives ranges to the sums"):
+        dither.export(result, "dequantized", tmp_path / "other", calibration=pictures)
+
+
+def test_a_sum_reads_the_codes_of_the_next_layer_and_gives_a_convolution_a_range() -> None:
+    """x → quantizer → convolution, and x itself, meet in a sum whose rectified output two layers quantize alike."""
+    draw = np.random.default_rng(0)
+    parts = {"scale": np.float32(0.04), "zero": np.uint8(128), "kernel": draw.normal(size=(3, 3, 1, 1)),
+             "step": np.float32(0.05), "none": np.uint8(0)}  # fmt: skip
+    node = helper.make_node
+    nodes = [
+        node("QuantizeLinear", ["x", "scale", "zero"], ["codes"]),
+        node("DequantizeLinear", ["codes", "scale", "zero"], ["real"]),
+        node("Conv", ["real", "kernel"], ["y"]),
+        node("Add", ["y", "x"], ["sum"]),
+        node("Relu", ["sum"], ["out"]),
+        *(part for n in "ab" for part in (
+            node("QuantizeLinear", ["out", "step", "none"], [f"codes_{n}"]),
+            node("DequantizeLinear", [f"codes_{n}", "step", "none"], [f"real_{n}"]),
+        )),
+        node("Mul", ["real_a", "real_b"], ["square"]),
+    ]  # fmt: skip
+    shape = ["n", 3, 4, 4]
+    graph = helper.make_graph(
+        nodes, "sums", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("square", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(np.asarray(v, v.dtype if v.dtype == np.uint8 else np.float32), k)
+         for k, v in parts.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    x = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def run(model: onnx.ModelProto) -> Any:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, {"x": x.numpy()})[0]
+
+    before = run(model)
+    assert qdq_sums.quantize_sums(model, [x[:32], x[32:]]) == 1
+    view = Graph(model.graph)
+    (total,) = view.of_type("Add")
+    assert list(total.input) == ["y.sum_real", "real"]
+    assert len(view.of_type("QuantizeLinear")) == 3  # of x, of the convolution, and one for both readers
+    assert relative_difference(run(model).reshape(64, -1), before.reshape(64, -1)) < 0.05
 
 
 def test_padding_norms_and_rectifiers_go_into_the_convolution() -> None:

@@ -26,6 +26,11 @@ Data = Annotated[
     str | None,
     typer.Option(metavar="PATH", help="Pictures to compare the runtime's answers on (onnx-qdq).", show_default=False),
 ]
+Ranges = Annotated[
+    str | None,
+    typer.Option("--calibration", metavar="PATH", help="Pictures that give residual sums of convolutions ranges "
+                 "(onnx-qdq): these are integers then, faster, and answers move a little.", show_default=False),
+]  # fmt: skip
 
 
 def export(
@@ -34,6 +39,7 @@ def export(
     output: Folder,
     dtype: Type = "auto",
     data: Data = None,
+    calibration: Ranges = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -55,7 +61,7 @@ def export(
         from dither.export.export import export as run
 
         with terminal.progress(f"to {to}") as progress:
-            report = run(out, to, output, dtype=dtype, data=data, progress=progress)
+            report = run(out, to, output, dtype=dtype, data=data, calibration=calibration, progress=progress)
         terminal.show(report)
         _show(terminal, report)
 

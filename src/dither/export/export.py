@@ -28,6 +28,7 @@ TARGETS = {
     "dequantized": ("dequantized", "write"),
     "peft": ("peft", "write"),
 }
+QDQ = "onnx-qdq"
 Progress = Callable[[str, int, int], None]  # (layer, layers read back, in all)
 
 
@@ -38,6 +39,7 @@ def export(
     *,
     dtype: str = "auto",
     data: str | Path | None = None,
+    calibration: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a result, or the folder that one was saved in, for another runtime; returns what was written.
@@ -46,7 +48,8 @@ def export(
     weights in a few bits) or onnx-qdq (vision models with integer products), dequantized (16-bit weights for any
     program) or peft (low-rank terms as an adapter). `dtype` is that of scales and
     of what was kept; `auto` rounds no scale. Every weight is decoded from the file by a reader of its own and compared
-    with the result. `data` are pictures on which the runtime's answers are compared with dither's (onnx-qdq).
+    with the result. `data` are pictures on which the runtime's answers are compared with dither's, `calibration` those
+    that give residual sums of convolutions ranges, so that these are computed with integers as well (both onnx-qdq).
 
     Raises:
         SpecError, InputError: the target cannot hold a layer; the message names it, the reason and what to do instead.
@@ -55,6 +58,8 @@ def export(
     """
     if to not in TARGETS:
         raise InputError(f"expected to export to one of {', '.join(TARGETS)}, got {to!r}{nearest(to, TARGETS)}")
+    if calibration is not None and to != QDQ:
+        raise InputError(f"calibration gives ranges to the sums of an export to {QDQ}; {to} stores none")
     folder = Path(output)
     check_output(folder)
     existed, source = folder.exists(), open_source(result)
@@ -62,7 +67,8 @@ def export(
         raise InputError(f"{source.name} holds no quantized layer: there is nothing to export")
     _refuse_offsets(source, to)
     try:
-        written = _writer(to)(source, folder, dtype)
+        ranges = {} if calibration is None else {"calibration": calibration}
+        written = _writer(to)(source, folder, dtype, **ranges)
         compared = compare(source, written, progress)
         compared |= {} if data is None else {"pictures": compare_answers(source, written, to, data)}
     except BaseException:
@@ -93,10 +99,10 @@ def _refuse_offsets(source: Source, to: str) -> None:
             )
 
 
-def _writer(to: str) -> Callable[[Source, Path, str], Written]:
+def _writer(to: str) -> Callable[..., Written]:
     module, function = TARGETS[to]
     try:
-        writer: Callable[[Source, Path, str], Written] = getattr(import_module(f"dither.export.{module}"), function)
+        writer: Callable[..., Written] = getattr(import_module(f"dither.export.{module}"), function)
     except ImportError as error:
         if isinstance(error, DitherError):
             raise

@@ -3,11 +3,13 @@
 Weights of 4 to 8 bits and uniform activations become integer codes (int4 for 4-bit weights, which are widened once when
 a session starts; int8 and uint8 otherwise); operands of attention are quantized as dither did. log2, log-sqrt2 and twin
 formats become explicit maths in floats. Ranges that are measured at each call are refused. Layers whose output nobody
-quantizes stay in floats behind the product: dither quantizes inputs only, and nothing else is added here.
+quantizes stay in floats behind the product: dither quantizes inputs only. Residual sums of convolutions become integers
+too where pictures are given for their ranges (`qdq_sums.py`).
 
 Source: ONNX opset 21; the patterns of ONNX Runtime's QDQ transformers.
 """
 
+import copy
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -21,11 +23,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dither.errors import InputError, StorageError
+from dither.export.answers import open_pictures
 from dither.export.folder import copy_companions, write_config
 from dither.export.integers import IntegerWeight, integer_weight, refused
 from dither.export.qdq_lowering import Lowered, lower
 from dither.export.qdq_modules import as_qdq
 from dither.export.qdq_reader import read_kept, read_weight
+from dither.export.qdq_sums import quantize_sums
 from dither.export.qdq_widths import narrow
 from dither.export.source import Source, skeleton
 from dither.export.tracing import FILE, ONE_FILE, example, open_graph, run_graph, trace
@@ -37,6 +41,7 @@ from dither.storage import writing
 TARGET = "onnx-qdq"
 BITS = (4, 5, 6, 7, 8)
 PICTURES = 8  # random ones to compare on
+CALIBRATION = 64  # pictures that give sums their ranges
 KERNELS = ("QLinearConv", "ConvInteger", "QGemm", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul")
 # values at the border of two steps fall to the other side, and quantized networks answer to that as they do to noise:
 # what ONNX Runtime may differ by is measured with noise on the pictures; a wrong graph differs by the spread of logits
@@ -44,8 +49,10 @@ _NOISE, _NEAR, _TIMES = 1e-4, 0.02, 5
 _FOLDED = 2.0**-20  # of a weight: scales that were multiplied by those of batch normalization, in float32
 
 
-def write(source: Source, folder: Path, dtype: str) -> Written:
+def write(source: Source, folder: Path, dtype: str, calibration: str | Path | None = None) -> Written:
     """Write the graph and the files beside it.
+
+    `calibration` are pictures that give residual sums of convolutions their ranges; without it they stay in floats.
 
     Raises:
         SpecError, InputError: integers of ONNX cannot hold a layer or a range; nothing is written then.
@@ -60,15 +67,10 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
     inputs = {name: pixels}
     explicit = as_qdq(model, weights)
     files = trace(model, inputs, folder)
-    graph = onnx.load(str(folder / FILE))
-    lowered = lower(graph)
-    narrow(graph, {name for name, weight in weights.items() if weight.bits <= 4})
-    _save(graph, folder)
-    stored = onnx.load(str(folder / FILE))
+    traced = onnx.load(str(folder / FILE))
+    lowered = _as_integers(copy.deepcopy(traced), weights, folder)
     files += copy_companions(source, folder)
     files.append(write_config(source, folder, torch.float32, None))
-
-    session = open_graph(folder / FILE)
 
     def logits(pixels: Tensor) -> tuple[Logits, Logits]:
         """What ONNX Runtime and what dither's network say."""
@@ -77,10 +79,21 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
             true = model(**named).logits.float().numpy()
         return run_graph(session, named), true
 
-    (found, true), moved = logits(pixels), logits(_noisy(pixels))[1]
-    difference, own = relative_difference(found, true), relative_difference(moved, true)
+    session = open_graph(folder / FILE)
+    (found, true), shaken = logits(pixels), logits(_noisy(pixels))[1]
+    difference, own = relative_difference(found, true), relative_difference(shaken, true)
     if not difference <= _NEAR + _TIMES * own:
         raise StorageError(f"{FILE}: ONNX Runtime's logits are off by {difference:.2g} of their spread, not {own:.2g}")
+    notes = [f"ONNX Runtime's logits of random pictures are off by {difference:.1e} of their spread; noise of {_NOISE} "
+             f"on the pictures moves dither's own by {own:.1e}"]  # fmt: skip
+    if calibration is not None:
+        known = torch.cat(list(open_pictures(source, calibration, CALIBRATION)[1]))
+        before, sums = logits(known)[0], quantize_sums(traced, [known])
+        lowered, session = _as_integers(traced, weights, folder), open_graph(folder / FILE)
+        moved = relative_difference(logits(known)[0], before)
+        notes.append(f"{sums} residual sums of convolutions have ranges of {len(known)} pictures, which moves their "
+                     f"logits by {moved:.1e} of the spread")  # fmt: skip
+    stored = onnx.load(str(folder / FILE))
     factors = {_layer(name): factor for name, factor in lowered.factors.items()}
 
     def bound(name: str) -> Float[np.ndarray, "o i"]:
@@ -90,10 +103,7 @@ def write(source: Source, folder: Path, dtype: str) -> Written:
     return Written(
         files, torch.float32, lambda name: read_weight(stored, name, factors.get(name)),
         lambda name: read_kept(stored, name), bound, "ONNX Runtime",
-        [f"ONNX Runtime's logits of random pictures are off by {difference:.1e} of their spread; noise of {_NOISE} on "
-         f"the pictures moves dither's own by {own:.1e}",
-         *_notes(source, weights, explicit, lowered, folder / FILE)],
-        logits,
+        [*notes, *_notes(source, weights, explicit, lowered, folder / FILE)], logits,
     )  # fmt: skip
 
 
@@ -131,6 +141,14 @@ def _check(source: Source) -> None:
             raise InputError(
                 f"{what}: {TARGET} has no range that is measured at each call ({spec}); quantize to {head}"
             )
+
+
+def _as_integers(graph: onnx.ModelProto, weights: Mapping[str, IntegerWeight], folder: Path) -> Lowered:
+    """Bring a traced graph into the shape of integer kernels and save it in place of what is there."""
+    lowered = lower(graph)
+    narrow(graph, {name for name, weight in weights.items() if weight.bits <= 4})
+    _save(graph, folder)
+    return lowered
 
 
 def _save(graph: onnx.ModelProto, folder: Path) -> None:
