@@ -189,3 +189,15 @@ def test_a_search_judges_candidates_by_the_scales_that_will_be_used() -> None:
     cells = drawn(1, 1000).float() * 1e9  # beyond float16 as a stored scale
     scale, _ = affine(*search_range(cells, spec, stored=False), spec, stored=False)
     assert bool(torch.isfinite(scale).all())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_largest_negative_weight_gets_the_outer_code_in_every_symmetric_cell(bits: int, dtype: str) -> None:
+    spec = QuantSpec.parse(f"int{bits}:channel:sym:minmax").model_copy(update={"scale_dtype": dtype})
+    largest = drawn(500, 1).float().abs() + 1e-3
+    scale, zero_point = affine(-largest[:, 0], largest[:, 0] / 2, spec)
+    exact = largest[:, 0] / ((2**bits - 1) / 2)
+    assert bool((scale <= exact).all()) and bool((scale >= exact * (1 - 2.0**-7)).all())
+    if dtype != "float32":  # where a quotient may fall short of the half by its own rounding
+        assert bool((encode(-largest, scale[:, None], zero_point[:, None], spec) == 0).all())

@@ -48,7 +48,7 @@ def affine(low: Float[Tensor, " n"], high: Float[Tensor, " n"], spec: QuantSpec,
         mantissa, exponent = torch.frexp(scale)  # exact on every device, which a logarithm is not
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
     if stored:
-        scale = _as_stored(scale, spec)
+        scale = _as_stored(scale, spec) if spec.symmetry != "sym" or spec.narrow else _as_stored_below(scale, spec)
     scale = scale.clamp_min(_SMALLEST[spec.scale_dtype if stored else "float32"])
     return scale, zero_points(low, scale, spec, stored)
 
@@ -82,6 +82,19 @@ def _as_stored(part: Float[Tensor, "*n"], spec: QuantSpec) -> Float[Tensor, "*n"
             "use scale_dtype float32 or, for a zero-point, a range with zero in it (zeroin)"
         )
     return rounded
+
+
+def _as_stored_below(scale: Float[Tensor, "*n"], spec: QuantSpec) -> Float[Tensor, "*n"]:
+    """Scales of symmetric ranges, rounded to their storage dtype but never up.
+
+    The largest weight of a cell lies half a step beyond the codes on one side and between two codes on the other. There
+    it always gets the outer code then, as with an exact scale; to nearest, every second cell would leave it unused.
+    """
+    rounded = _as_stored(scale, spec)
+    if spec.scale_dtype == "float32":
+        return rounded
+    before = (rounded.to(scale_dtype(spec)).view(torch.int16) - 1).view(scale_dtype(spec)).to(scale.dtype)
+    return torch.where((rounded > scale) & (rounded > _SMALLEST[spec.scale_dtype]), before, rounded)
 
 
 def zero_points(
