@@ -1,4 +1,4 @@
-"""Put the summaries of docs/results/vit_methods.json and llm_methods.json between their markers in README.md.
+"""Put the summaries of vit_methods.json, cnn_methods.json and llm_methods.json between their markers in README.md.
 
 python benchmarks/readme_tables.py
 """
@@ -14,6 +14,11 @@ SHOWN = ("rtn", "repq", "gptq", "repq + gptq", "erq v1", "erq v2", "erq")
 LANGUAGE = ("rtn", "gptq", "awq", "adadim", "squeezellm", "lorc", "signround", "gptq-fitted", "gptq-learned")
 TOOLS = {"hqq": "HQQ (the tool)", "llmcompressor": "GPTQ in llm-compressor", "autoround": "AutoRound"}
 BITS = (4, 3, 2)
+CONVNETS = {  # method in the table: name in README.md
+    "rtn": "rtn", "gptq": "gptq", "erq": "erq", "rtn, distilled": "rtn, no data", "gptq, distilled": "gptq, no data",
+    "erq, distilled": "erq, no data",
+}  # fmt: skip
+CONVNET, FRONT = "efficientnet_lite0", ("int4/int8", "int5/int8")
 DATA = ("samples", "length", "windows", "window_length")
 
 
@@ -46,6 +51,34 @@ def summary() -> str:
 
 def _cell(values: list[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "–"
+
+
+def convnets() -> str:
+    """An ImageNet network by several methods, with data and without, and ZeroQ's bits at the size of uniform ones."""
+    runs = json.loads((ROOT / "docs/results/cnn_methods.json").read_text())["runs"]
+    mine = [run for run in runs if run["model"] == CONVNET]
+    methods = [run for run in mine if run["part"] == "methods"]
+    settings = list(dict.fromkeys(run["setting"] for run in methods))
+    titles = [re.sub(r"int(\d)/int(\d)", r"W\1A\2", setting) for setting in settings]
+    full = f"{100 * mine[0]['fp_top1']:.1f} in full precision"
+    lines = [f"| `{CONVNET}`, top-1 % ({full}) | " + " | ".join(titles) + " |", "|---" * (len(settings) + 1) + "|"]
+    for method, name in CONVNETS.items():
+        cells = [_cell([r["top1"] for r in methods if (r["method"], r["setting"]) == (method, s)]) for s in settings]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    sizes = []
+    for setting in FRONT:
+        front = [run for run in mine if run["part"] == "front" and run["setting"] == setting]
+        same, own = ([r for r in front if (r["method"] == "zeroq") == chosen] for chosen in (False, True))
+        sizes.append(
+            f"{_cell([r['top1'] for r in own])} % instead of {_cell([r['top1'] for r in same])} % at the "
+            f"{statistics.fmean(r['size_bytes'] for r in same) / 1e6:.1f} MB of {setting[3]} bits everywhere"
+        )
+    lines.append(
+        f"\n{mine[0]['count']} ImageNet pictures, most likely training ones: read what is lost. No data: on pictures "
+        f"distilled from the model. ZeroQ's bits for each layer, without data and with 8-bit activations: "
+        f"{', '.join(sizes)}."
+    )
+    return "\n".join(lines)
 
 
 def language() -> str:
@@ -90,7 +123,9 @@ def _perplexity(runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for marker, table in (("<!-- vit_methods", summary()), ("<!-- llm_methods", language())):
+    tables = {"vit_methods": summary(), "cnn_methods": convnets(), "llm_methods": language()}
+    for name, table in tables.items():
+        marker = f"<!-- {name}"
         begin = text.index("-->\n", text.index(marker)) + 4
         end = text.index("<!-- end -->", begin)
         text = text[:begin] + "\n" + table + "\n\n" + text[end:]
