@@ -42,6 +42,7 @@ TARGET = "onnx-qdq"
 BITS = (4, 5, 6, 7, 8)
 PICTURES = 8  # random ones to compare on
 CALIBRATION = 64  # pictures that give sums their ranges
+NO_SUMS = "no residual sum of convolutions was found, so the calibration pictures change nothing"
 KERNELS = ("QLinearConv", "ConvInteger", "QGemm", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul")
 # values at the border of two steps fall to the other side, and quantized networks answer to that as they do to noise:
 # what ONNX Runtime may differ by is measured with noise on the pictures; a wrong graph differs by the spread of logits
@@ -92,7 +93,7 @@ def write(source: Source, folder: Path, dtype: str, calibration: str | Path | No
         lowered, session = _as_integers(traced, weights, folder), open_graph(folder / FILE)
         moved = relative_difference(logits(known)[0], before)
         notes.append(f"{sums} residual sums of convolutions have ranges of {len(known)} pictures, which moves their "
-                     f"logits by {moved:.1e} of the spread")  # fmt: skip
+                     f"logits by {moved:.1e} of the spread" if sums else NO_SUMS)  # fmt: skip
     stored = onnx.load(str(folder / FILE))
     factors = {_layer(name): factor for name, factor in lowered.factors.items()}
 

@@ -103,7 +103,7 @@ class UDFC(Method):
         facts: dict[str, Any] = {"readers": list(chain.readers)}
         if self.absorb:
             coefficients = self.coefficients(model, chain, kept)
-            facts["own_share"] = float(coefficients[kept, torch.arange(len(kept))].median())
+            facts["own_share"] = float(coefficients[kept].diagonal().median())
         else:
             coefficients = selection(kept, len(weight))
         means = None

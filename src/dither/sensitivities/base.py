@@ -99,7 +99,7 @@ class Probe:
     solved_on: Sequence[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "kept": Kept(None), "progress": None, "engine": InProcess()}
+        return {**vars(self), "kept": Kept(None), "progress": None, "engine": InProcess(), "solved_on": None}
 
     def each(self, what: str, function: Callable[[T], R], tasks: Mapping[str, T]) -> Iterator[R]:
         """function(task) of each named task, in order: what was kept is read, the rest is run by the engine.
