@@ -30,8 +30,8 @@ def report(found: dict[str, Any]) -> str:
         "`uniform` has that one format everywhere, between two whole numbers of bits an even mix of both; `random` are "
         "allocations of the same size drawn at random. Means ± standard deviation over calibration draws (random: over "
         "allocations). KL is to the full-precision model, in nats; † marks allocators that are not better than uniform "
-        "by it. Scores are of the nearest codes, those of `+method=gptq` of the weights that GPTQ gives, on samples "
-        "that it was not given, or with `+judged=same` on those that it was. "
+        "by it. Scores are of the nearest codes, those of `+method=gptq` of the weights that GPTQ gives, on another "
+        "draw of samples than it was given, or with `+judged=same` on the same. "
         "Written by `benchmarks/allocation.py`.",
     ]
     for model, facts in found["facts"].items():

@@ -159,6 +159,16 @@ def test_what_a_finished_unit_was_stored_from_is_freed(bench: Bench) -> None:
         store_all(block)
 
 
+def test_weights_that_a_finished_unit_was_read_from_leave_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = [bench.model.get_submodule(unit.name) for unit in bench.anatomy.units]
+    expected = [{p.data_ptr() for p in unit.parameters()} for unit in units]
+    given: list[set[int]] = []
+    monkeypatch.setattr("dither.walk.give_back_mapped", lambda ranges: given.append({first for first, _ in ranges}))
+    for block in bench.walk("quantized"):
+        assert len(given) == bench.anatomy.units.index(block.unit)
+    assert given == expected
+
+
 @pytest.mark.parametrize("stop_at", [0, 1])
 def test_an_error_in_a_method_restores_the_model(bench: Bench, stop_at: int) -> None:
     done: list[str] = []

@@ -66,9 +66,9 @@ def measure(
     `method` completes its `weights`; by default integers of 2, 3, 4, 6 and 8 bits, in groups of 64 where all layers
     allow it. Where `method` can solve a layer by itself (gptq, spqr, hqq, billm, lorc), the weights that are scored are
     its own, solved behind full-precision inputs; else they are the nearest codes. Solved weights seem better than they
-    are on the samples that they were solved on, those of `seed`, so the scores are of others, those of `judge_seed`
-    (the next; `error` needs none). `skip` and `ties` are patterns of layers to leave out, and comma-separated ones of
-    layers that share a choice. With a folder `scores` the table is kept there, and an interrupted measurement goes on.
+    are on the samples that they were solved on, those of `seed`, so the scores are of another draw, of `judge_seed`
+    (the next; `error` needs none), which overlaps where data are few. `skip` and `ties` are patterns: layers to leave
+    out, and, comma-separated, layers that share a choice. With a folder `scores` an interrupted measurement goes on.
     `stream` reads the model block by block, as `quantize` does; only `error` can be measured then. `engine` is where
     probes run, as in `quantize`, but not on torchrun's ranks; `workers` each have a copy of the model.
 

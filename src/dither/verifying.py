@@ -48,7 +48,7 @@ def verified(
     """The allocation with what it does to predictions among its facts, under `verified`.
 
     `how` is as in `measure` when the table was made, so that weights are those of `method`, solved on the same samples;
-    they are judged on a draw that neither weights nor scores have seen (the seed after the next) of the same data.
+    they are judged on a third draw of the same data (the seed after the next), which overlaps where these are few.
     """
     places = {str(option): place for place, option in enumerate(table.options)}
     choice = tuple(places[str(allocation.units[unit.name])] for unit in table.units)

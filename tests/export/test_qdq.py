@@ -91,23 +91,32 @@ def test_residual_sums_are_integers_where_pictures_give_them_ranges(tiny: Tinies
         dither.export(result, "dequantized", tmp_path / "other", calibration=pictures)
 
 
-def test_a_sum_reads_the_codes_of_the_next_layer_and_gives_a_convolution_a_range() -> None:
-    """x → quantizer → convolution, and x itself, meet in a sum whose rectified output two layers quantize alike."""
+@pytest.mark.parametrize("late", [False, True])
+def test_a_sum_reads_the_codes_of_another_layer_and_gives_a_convolution_a_range(late: bool) -> None:
+    """x and a convolution of it meet in a sum whose rectified output two layers quantize alike.
+
+    The layer that quantizes x stands before the sum, or only `late` behind it.
+    """
     draw = np.random.default_rng(0)
     parts = {"scale": np.float32(0.04), "zero": np.uint8(128), "kernel": draw.normal(size=(3, 3, 1, 1)),
              "step": np.float32(0.05), "none": np.uint8(0)}  # fmt: skip
     node = helper.make_node
-    nodes = [
+    quantizer = [
         node("QuantizeLinear", ["x", "scale", "zero"], ["codes"]),
         node("DequantizeLinear", ["codes", "scale", "zero"], ["real"]),
-        node("Conv", ["real", "kernel"], ["y"]),
+    ]
+    nodes = [
+        *([] if late else quantizer),
+        node("Conv", ["x" if late else "real", "kernel"], ["y"]),
         node("Add", ["y", "x"], ["sum"]),
         node("Relu", ["sum"], ["out"]),
         *(part for n in "ab" for part in (
             node("QuantizeLinear", ["out", "step", "none"], [f"codes_{n}"]),
             node("DequantizeLinear", [f"codes_{n}", "step", "none"], [f"real_{n}"]),
         )),
-        node("Mul", ["real_a", "real_b"], ["square"]),
+        node("Mul", ["real_a", "real_b"], ["product"]),
+        *(quantizer if late else []),
+        node("Add", ["product", "real"], ["square"]),
     ]  # fmt: skip
     shape = ["n", 3, 4, 4]
     graph = helper.make_graph(
@@ -126,8 +135,8 @@ def test_a_sum_reads_the_codes_of_the_next_layer_and_gives_a_convolution_a_range
     before = run(model)
     assert qdq_sums.quantize_sums(model, [x[:32], x[32:]]) == 1
     view = Graph(model.graph)
-    (total,) = view.of_type("Add")
-    assert list(total.input) == ["y.sum_real", "real"]
+    onnx.checker.check_model(model, full_check=True)
+    assert list(view.of_type("Add")[0].input) == ["y.sum_real", "real"]
     assert len(view.of_type("QuantizeLinear")) == 3  # of x, of the convolution, and one for both readers
     assert relative_difference(run(model).reshape(64, -1), before.reshape(64, -1)) < 0.05
 

@@ -1,5 +1,6 @@
 """An ONNX graph to look around in and to change: who writes and who reads each tensor, constants, new nodes."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,6 +78,17 @@ class Graph:
         """Take a node out."""
         del self.proto.node[self._place(node)]
         self.refresh()
+
+    def move_before(self, reader: onnx.NodeProto, name: str) -> None:
+        """Have a dequantized tensor made, codes and all, in front of a node that is to read it."""
+        real = self.producer[name]
+        quantize = self.producer[real.input[0]]
+        if self._place(real) < self._place(reader):
+            return
+        nodes = [copy.deepcopy(node) for node in (quantize, real)]
+        for node in (quantize, real):
+            self.remove(node)
+        self.insert(reader, nodes)
 
     def _place(self, node: onnx.NodeProto) -> int:
         return next(k for k, one in enumerate(self.proto.node) if one is node)

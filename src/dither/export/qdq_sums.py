@@ -33,8 +33,10 @@ def quantize_sums(model: onnx.ModelProto, pictures: Iterable[Tensor]) -> int:
     ranges = measured(model, sorted(new), pictures) if new else {}
     for node in sums:
         for number, name in enumerate(list(node.input)):
-            known = _codes_of(graph, name) or _quantized(graph, node, name, ranges[name])
-            graph.rename_input(node, number, known)
+            known = _codes_of(graph, name)
+            if known is not None:
+                graph.move_before(node, known)
+            graph.rename_input(node, number, known or _quantized(graph, node, name, ranges[name]))
     return len(sums)
 
 
