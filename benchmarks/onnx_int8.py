@@ -23,6 +23,7 @@ import torch
 
 import dither
 from dither.export.qdq import integer_kernels
+from dither.export.sessions import open_session
 from dither.export.tracing import FILE, trace
 from dither.models.network import open_network
 
@@ -87,15 +88,13 @@ def has_convolutions(folder: Path) -> bool:
 
 
 def shape_of(path: Path) -> tuple[int, ...]:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path)
     return tuple(session.get_inputs()[0].shape[1:])
 
 
 def ratio(paths: list[Path], shape: tuple[int, ...], given: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of both networks in turns: the least, which other work disturbs least, and all, to see how much."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = given.threads
-    sessions = [onnxruntime.InferenceSession(str(p), options, providers=["CPUExecutionProvider"]) for p in paths]
+    sessions = [open_session(path, threads=given.threads) for path in paths]
     pixels = {"pixel_values": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
     times: list[list[float]] = [[], []]
     for turn in range(given.rounds + 3):

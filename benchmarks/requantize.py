@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -23,6 +22,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from dither.data import open_images
 from dither.export.requantize import requantize
+from dither.export.sessions import open_session
 from dither.export.tracing import FILE, trace
 from dither.models.network import open_network
 
@@ -111,7 +111,7 @@ def measure(folder: Path, kind: str, given: argparse.Namespace) -> list[dict[str
 
 def top1(path: Path, pixels: np.ndarray, labels: np.ndarray) -> float:
     """Accuracy in ONNX Runtime."""
-    session = onnxruntime.InferenceSession(onnx.load(str(path)).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(path)
     name = session.get_inputs()[0].name
     answers = [session.run(None, {name: pixels[k : k + 100]})[0].argmax(1) for k in range(0, len(pixels), 100)]
     return float((np.concatenate(answers) == labels).mean())

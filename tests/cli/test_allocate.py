@@ -156,7 +156,7 @@ def test_an_allocation_is_verified_beside_an_even_mix(
     assert done.code == 0, done.err
     said = yaml.safe_load((tmp_path / "bits.yaml").read_text())["facts"]["verified"]
     assert 0 < said["kl"] < 1 and 0 < said["even_kl"] < 1
-    assert said["even_bits"] <= 5.5 and said["seed"] == 2
+    assert said["even_bits"] <= 5.5 and said["judge_seed"] == 2
     word = "less than" if said["kl"] < said["even_kl"] else "no less than"
     assert f"{word} the {said['even_kl']:.3g} of formats mixed evenly" in " ".join(done.out.split())
 

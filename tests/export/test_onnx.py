@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from tests.export.conftest import logits, tokens
@@ -16,13 +15,14 @@ from dither.errors import InputError, SpecError, StorageError
 from dither.export import onnx as module
 from dither.export.integers import IntegerWeight
 from dither.export.onnx import block_size, packed_codes
+from dither.export.sessions import open_session
 
 Quantized = Callable[..., dither.Result]
 
 
 def run(folder: Path, **inputs: Any) -> Any:
     """The logits of ONNX Runtime."""
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = open_session(folder / "model.onnx")
     return session.run(["logits"], inputs)[0]
 
 

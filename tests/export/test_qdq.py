@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -21,7 +20,8 @@ from dither.export.graph import Graph
 from dither.export.qdq import integer_kernels, relative_difference
 from dither.export.qdq_reader import read_weight
 from dither.export.qdq_widths import narrow, nibbles
-from dither.export.tracing import open_graph, run_graph
+from dither.export.sessions import open_session
+from dither.export.tracing import run_graph
 
 qdq, qdq_lowering = import_module("dither.export.qdq"), import_module("dither.export.qdq_lowering")
 qdq_sums = import_module("dither.export.qdq_sums")
@@ -39,7 +39,7 @@ def saved(tiny: Any, folder: Path, size: int, **choices: Any) -> dither.Result:
 
 def answers(folder: Path, batch: torch.Tensor) -> Any:
     """The logits of ONNX Runtime."""
-    return run_graph(open_graph(folder / "model.onnx"), {"pixel_values": batch})
+    return run_graph(open_session(folder / "model.onnx"), {"pixel_values": batch})
 
 
 @pytest.mark.slow
@@ -85,6 +85,11 @@ def test_residual_sums_are_integers_where_pictures_give_them_ranges(tiny: Tinies
     assert integer_kernels(tmp_path / "sums" / "model.onnx") == {"QLinearConv": 9, "QGemm": 1}
     assert report["exact_layers"] >= plain["exact_layers"]
     assert any("residual sums of convolutions have ranges" in note for note in report["notes"])
+    assert any("session.x64quantprecision=1" in note for note in report["notes"])
+    for folder in ("plain", "sums"):  # ONNX Runtime refuses shared ones where it copies weights to uint8
+        graph = Graph(onnx.load(str(tmp_path / folder / "model.onnx")).graph)
+        zeros = [node.input[2] for node in graph.of_type("DequantizeLinear") if node.input[0] in graph.constants]
+        assert len(set(zeros)) == len(zeros) > 4
     batch = next(open_images(pictures).pixel_batches(load_processor(tmp_path / "resnet"), 8))
     assert relative_difference(answers(tmp_path / "sums", batch), answers(tmp_path / "plain", batch)) < 0.1
     with pytest.raises(InputError, match="gives ranges to the sums"):
@@ -129,8 +134,7 @@ def test_a_sum_reads_the_codes_of_another_layer_and_gives_a_convolution_a_range(
     x = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
     def run(model: onnx.ModelProto) -> Any:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        return session.run(None, {"x": x.numpy()})[0]
+        return open_session(model).run(None, {"x": x.numpy()})[0]
 
     before = run(model)
     assert qdq_sums.quantize_sums(model, [x[:32], x[32:]]) == 1
@@ -169,19 +173,14 @@ def test_padding_norms_and_rectifiers_go_into_the_convolution() -> None:
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     x = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2
-    before = session_of(model).run(None, {"x": x.numpy()})[0]
+    before = open_session(model).run(None, {"x": x.numpy()})[0]
     lowered = qdq_lowering.lower(model)
     assert [node.op_type for node in model.graph.node].count("Pad") == 0
     assert [node.op_type for node in model.graph.node].count("BatchNormalization") == 0
     assert list(lowered.factors) == ["codes"] and lowered.in_floats == {}
-    after = session_of(model).run(None, {"x": x.numpy()})[0]
+    after = open_session(model).run(None, {"x": x.numpy()})[0]
     assert np.abs(after - before).max() < 0.021  # a step of the output, where the bias was rounded
     assert np.abs(after - before).mean() < 0.001
-
-
-def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """The model in ONNX Runtime."""
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def test_what_integers_cannot_hold_is_refused_with_the_reason(tiny: Tinies, tmp_path: Path) -> None:

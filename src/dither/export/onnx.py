@@ -22,8 +22,9 @@ from torch.nn import functional
 from dither.errors import InputError, StorageError
 from dither.export.folder import cast, check_tensors, chosen_dtype, copy_companions, write_config
 from dither.export.integers import IntegerWeight, integer_weight, refused
+from dither.export.sessions import open_session
 from dither.export.source import Source, skeleton
-from dither.export.tracing import FILE, example, open_graph, run_graph, trace
+from dither.export.tracing import FILE, example, run_graph, trace
 from dither.export.written import Written, scale_bound
 from dither.formats.packing import pack
 
@@ -152,7 +153,7 @@ def _run(path: Path, inputs: Mapping[str, Tensor], expected: Float[np.ndarray, "
     Raises:
         StorageError: it is above the limit.
     """
-    found = run_graph(open_graph(path), inputs)
+    found = run_graph(open_session(path), inputs)
     difference = float(np.abs(found.astype(np.float64) - expected).max() / np.abs(expected).max())
     if not difference <= limit:
         raise StorageError(f"{path.name}: ONNX Runtime's logits differ from torch's by {difference:.1e} of the largest")

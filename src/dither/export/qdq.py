@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,8 +30,9 @@ from dither.export.qdq_modules import as_qdq
 from dither.export.qdq_reader import read_kept, read_weight
 from dither.export.qdq_sums import quantize_sums
 from dither.export.qdq_widths import narrow
+from dither.export.sessions import EXACT, open_session, own_zero_points
 from dither.export.source import Source, skeleton
-from dither.export.tracing import FILE, ONE_FILE, example, open_graph, run_graph, trace
+from dither.export.tracing import FILE, ONE_FILE, example, run_graph, trace
 from dither.export.written import Logits, Written
 from dither.formats.spec import QuantSpec
 from dither.models.structure import rebuild
@@ -69,6 +69,7 @@ def write(source: Source, folder: Path, dtype: str, calibration: str | Path | No
     explicit = as_qdq(model, weights)
     files = trace(model, inputs, folder)
     traced = onnx.load(str(folder / FILE))
+    own_zero_points(traced)
     lowered = _as_integers(copy.deepcopy(traced), weights, folder)
     files += copy_companions(source, folder)
     files.append(write_config(source, folder, torch.float32, None))
@@ -80,7 +81,7 @@ def write(source: Source, folder: Path, dtype: str, calibration: str | Path | No
             true = model(**named).logits.float().numpy()
         return run_graph(session, named), true
 
-    session = open_graph(folder / FILE)
+    session = open_session(folder / FILE)
     (found, true), shaken = logits(pixels), logits(_noisy(pixels))[1]
     difference, own = relative_difference(found, true), relative_difference(shaken, true)
     if not difference <= _NEAR + _TIMES * own:
@@ -90,7 +91,7 @@ def write(source: Source, folder: Path, dtype: str, calibration: str | Path | No
     if calibration is not None:
         known = torch.cat(list(open_pictures(source, calibration, CALIBRATION)[1]))
         before, sums = logits(known)[0], quantize_sums(traced, [known])
-        lowered, session = _as_integers(traced, weights, folder), open_graph(folder / FILE)
+        lowered, session = _as_integers(traced, weights, folder), open_session(folder / FILE)
         moved = relative_difference(logits(known)[0], before)
         notes.append(f"{sums} residual sums of convolutions have ranges of {len(known)} pictures, which moves their "
                      f"logits by {moved:.1e} of the spread" if sums else NO_SUMS)  # fmt: skip
@@ -188,7 +189,9 @@ def _notes(
 ) -> list[str]:
     kernels = integer_kernels(path)
     listed = ", ".join(f"{count} {name}" for name, count in kernels.items()) or "none"
-    notes = [f"integer kernels of ONNX Runtime on this machine: {listed}"]
+    notes = [f"integer kernels of ONNX Runtime on this machine: {listed}",
+             f"x86 processors without VNNI need ONNX Runtime's session option {'='.join(EXACT)}, or products of uint8 "
+             "and int8 saturate"]  # fmt: skip
     reasons: dict[str, list[str]] = {}
     for codes, reason in lowered.in_floats.items():
         reasons.setdefault(reason, []).append(_layer(codes))
@@ -213,10 +216,7 @@ def _names(names: list[str]) -> str:
 def integer_kernels(path: Path) -> dict[str, int]:
     """How many integer kernels ONNX Runtime makes of a graph, by operator."""
     with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath = str(Path(folder) / FILE)
-        options.log_severity_level = 3
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        nodes = onnx.load(options.optimized_model_filepath).graph.node
+        open_session(path, optimized=Path(folder) / FILE)
+        nodes = onnx.load(str(Path(folder) / FILE)).graph.node
     counts = Counter(node.op_type for node in nodes)
     return {name: counts[name] for name in KERNELS if counts[name]}

@@ -18,7 +18,8 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from dither.export.graph import Graph
-from dither.export.tracing import FILE, open_graph
+from dither.export.sessions import open_session
+from dither.export.tracing import FILE
 
 _LEVELS = 255
 Range = tuple[float, float]
@@ -98,7 +99,7 @@ def measured(model: onnx.ModelProto, names: list[str], pictures: Iterable[Tensor
     found: dict[str, Range] = {}
     with TemporaryDirectory() as folder:
         onnx.save(watched, str(Path(folder) / FILE))
-        session = open_graph(Path(folder) / FILE)
+        session = open_session(Path(folder) / FILE)
         (entry,) = session.get_inputs()
         for batch in pictures:
             for name, value in zip(names, session.run(names, {entry.name: batch.numpy()}), strict=True):

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from jaxtyping import Float
 
@@ -22,6 +21,7 @@ from dither.export.requantize_onnx import (
     pictures_like_nature,
     requantized,
 )
+from dither.export.sessions import open_session
 from dither.formats.spec import QuantSpec
 from dither.requantization import Settings, requantize_result
 from dither.storage import writing
@@ -118,9 +118,7 @@ def _compare(source: onnx.ModelProto, target: onnx.ModelProto, pixels: Pixels) -
 
 def answers(model: onnx.ModelProto, pixels: Pixels) -> Float[np.ndarray, "n ..."]:
     """The first output of a model, in float64."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model)
     name = model.graph.input[0].name
     parts = [session.run(None, {name: pixels[k : k + 100]})[0] for k in range(0, len(pixels), 100)]
     return np.concatenate(parts).astype(np.float64)

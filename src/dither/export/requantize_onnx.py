@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from jaxtyping import Float
 from onnx import TensorProto, helper
@@ -20,6 +19,7 @@ from onnx import TensorProto, helper
 from dither.errors import InputError
 from dither.export.graph import Array, Graph
 from dither.export.quantized_graph import ActivationNode, LayerNode, activations, layers, real, scheme
+from dither.export.sessions import open_session
 from dither.formats.spec import QuantSpec
 from dither.transforms.requantize import activation_scale, folded_bias, highest, weight_codes, weight_scale
 
@@ -158,9 +158,7 @@ def measured(
     wanted = list(dict.fromkeys(tensors.values()))
     probe.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wanted)
     Graph(probe.graph).remove_unused()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(probe)
     values = dict(zip(wanted, session.run(wanted, {model.graph.input[0].name: pixels}), strict=True))
     found = {}
     for layer, name in tensors.items():

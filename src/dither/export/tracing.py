@@ -99,11 +99,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def open_graph(path: Path) -> onnxruntime.InferenceSession:
-    """The graph in ONNX Runtime on the CPU."""
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-
 def run_graph(session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> Float[np.ndarray, "..."]:
     """The logits that ONNX Runtime computes."""
     return np.asarray(session.run(["logits"], {name: x.numpy() for name, x in inputs.items()})[0])
