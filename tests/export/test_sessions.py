@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dither.export.graph import Graph
 from dither.export.quantized_graph import read_model
-from dither.export.sessions import open_session
+from dither.export.sessions import open_session, own_weights
 
 
 def two_layers() -> onnx.ModelProto:
@@ -43,3 +44,30 @@ def test_products_of_the_largest_codes_do_not_saturate(tmp_path: Path) -> None:
     assert zeros == ["zero", "a_real.zero_point", "middle", "zero"]  # activations share theirs
     (answer,) = open_session(found).run(None, {"x": np.ones((1, 16), np.float32)})
     np.testing.assert_allclose(answer, -256.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dequantized", [1, 3])
+def test_three_products_of_one_weight_get_a_copy_each(dequantized: int) -> None:
+    """The weight is dequantized once for all, or for each."""
+    model = two_layers()
+    graph = Graph(model.graph)
+    graph.proto.node.extend([
+        helper.make_node("DequantizeLinear", ["a", "step", "middle"], ["c_real"]),
+        helper.make_node("MatMul", ["y_real", "c_real"], ["again"]),
+        helper.make_node("Sub", ["z", "again"], ["none"]),
+    ])  # fmt: skip
+    graph.proto.output[0].name = "none"
+    graph.of_type("DequantizeLinear")[2].input[0] = "a"
+    graph.refresh()
+    for number, name in ((1, "b_real"), (2, "c_real")):
+        graph.rename_input(graph.of_type("MatMul")[number], 1, "a_real" if dequantized == 1 else name)
+    own_weights(model)
+    onnx.checker.check_model(model, full_check=True)
+    weights = [node for node in Graph(model.graph).of_type("DequantizeLinear") if node.input[2] != "zero"]
+    for number in (0, 2):
+        assert len({node.input[number] for node in weights}) == 3
+    (answer,) = open_session(model).run(None, {"x": np.ones((1, 16), np.float32)})
+    np.testing.assert_allclose(answer, 0.0, atol=1e-5)
+    model.graph.output[0].name = "z"
+    (answer,) = open_session(model).run(None, {"x": np.ones((1, 16), np.float32)})
+    np.testing.assert_allclose(answer, 256.0, rtol=1e-5)

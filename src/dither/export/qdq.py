@@ -30,7 +30,7 @@ from dither.export.qdq_modules import as_qdq
 from dither.export.qdq_reader import read_kept, read_weight
 from dither.export.qdq_sums import quantize_sums
 from dither.export.qdq_widths import narrow
-from dither.export.sessions import EXACT, open_session, own_zero_points
+from dither.export.sessions import EXACT, open_session, own_weights
 from dither.export.source import Source, skeleton
 from dither.export.tracing import FILE, ONE_FILE, example, run_graph, trace
 from dither.export.written import Logits, Written
@@ -69,7 +69,7 @@ def write(source: Source, folder: Path, dtype: str, calibration: str | Path | No
     explicit = as_qdq(model, weights)
     files = trace(model, inputs, folder)
     traced = onnx.load(str(folder / FILE))
-    own_zero_points(traced)
+    own_weights(traced)
     lowered = _as_integers(copy.deepcopy(traced), weights, folder)
     files += copy_companions(source, folder)
     files.append(write_config(source, folder, torch.float32, None))

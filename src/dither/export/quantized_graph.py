@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from dither.errors import InputError, PathError
 from dither.export.graph import Array, Graph, attributes
-from dither.export.sessions import own_zero_points
+from dither.export.sessions import own_weights
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _INTEGER_NODES = ("ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "MatMulNBits")
@@ -69,7 +69,7 @@ def read_model(path: Path) -> onnx.ModelProto:
             )
     if "DequantizeLinear" not in kinds:
         raise InputError(f"{path.name} is not quantized: it holds no DequantizeLinear; quantize it first")
-    own_zero_points(model)
+    own_weights(model)
     return model
 
 

@@ -6,9 +6,9 @@ gives them uint8 weights there, whose products cannot; elsewhere the entry chang
 Source: ONNX Runtime's documentation of quantization, "When to use reduce-range and per-channel quantization".
 """
 
+import copy
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime
 
@@ -38,14 +38,33 @@ def open_session(
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def own_zero_points(model: onnx.ModelProto) -> None:
-    """Give each int8 weight a zero-point that no other reads, in place.
+def own_weights(model: onnx.ModelProto) -> None:
+    """Give each product of int8 weights codes and a zero-point that no other reads, in place.
 
-    ONNX Runtime names the uint8 copies after them and fails on a second copy of one name.
+    ONNX Runtime names the uint8 copies after them and fails on a second copy of one name. For that, a layer that is
+    called several times takes its bytes as often.
     """
     graph = Graph(model.graph)
-    for node in graph.of_type("DequantizeLinear"):
-        zero = graph.value(node.input[2]) if len(node.input) == 3 and node.input[0] in graph.constants else None
-        if zero is not None and zero.dtype == np.int8 and graph.only_reader(node.input[2]) is None:
-            graph.rename_input(node, 2, graph.constant(f"{node.output[0]}.zero_point", zero))
+    for node in _weights(graph):
+        real = node.output[0]
+        for number, reader in enumerate(graph.readers.get(real, [])[1:], 1):
+            twin = copy.deepcopy(node)
+            twin.name, twin.output[0] = "", f"{real}.{number}"
+            graph.insert(reader, [twin])
+            graph.rename_input(reader, list(reader.input).index(real), f"{real}.{number}")
+    for node in _weights(graph):
+        for number, kind in ((0, "codes"), (2, "zero_point"))[: len(node.input) - 1]:
+            name = node.input[number]
+            if _is_int8(graph, name) and graph.only_reader(name) is None:
+                own = copy.deepcopy(graph.constants[name])
+                own.name = f"{node.output[0]}.{kind}"
+                graph.rename_input(node, number, graph.store(own))
     graph.remove_unused()
+
+
+def _weights(graph: Graph) -> list[onnx.NodeProto]:
+    return [node for node in graph.of_type("DequantizeLinear") if _is_int8(graph, node.input[0])]
+
+
+def _is_int8(graph: Graph, name: str) -> bool:
+    return name in graph.constants and bool(graph.constants[name].data_type == onnx.TensorProto.INT8)
