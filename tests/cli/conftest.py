@@ -45,6 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Run `dither` with some arguments, in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("dither.cli.progress.EVERY_S", float("inf"))  # a busy machine says no more
 
     def invoke(*arguments: object) -> Outcome:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
