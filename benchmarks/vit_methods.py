@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=None, help="evaluation pictures; all by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--at-once", type=int, help="runs that share the machine, of this and other calls")
+    parser.add_argument("--at-once", type=int, help="runs that share the machine, over all calls; the table says so")
     parser.add_argument("--quick", action="store_true", help="one seed, 500 pictures, W3A4")
     parser.add_argument("--out", type=Path, default=Path("docs/results/vit_methods"))
     given = parser.parse_args()
